@@ -1,0 +1,150 @@
+"""Write the rendered demo set in the published data formats.
+
+    python -m dataset.scene_set out/demo/data        # the sizes `make demo` uses
+
+    lm_data.jsonl                             text-only rows: scenes in words, the same questions
+    pretrain_vlm_data.jsonl, pretrain_images/ one image and its description
+    sft_vlm_data.jsonl, sft_images/           dialogues about one image, or two
+    eval_vlm_data.jsonl, eval_images/         one question a row about held-out scenes, with its `type`
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, Question, ask, caption, describe, draw_in_words
+from dataset.scenes import Scene, change_one, draw_scene, sample_scene
+
+SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
+SINGLE_TYPES = [question_type for question_type in QUESTION_TYPES if question_type not in PAIR_TYPES]
+PAIR_SHARE = 0.3  # of the dialogues are about two images
+LEAST_TURNS, MOST_TURNS = 4, 9
+
+
+def sample_scenes(rng: random.Random, held_out: bool, question_type: str | None = None) -> tuple[Scene, ...]:
+    """One scene, or two for a pair question (the second a small change of the first where the question needs that)."""
+    is_pair = rng.random() < PAIR_SHARE if question_type is None else question_type in PAIR_TYPES
+    if not is_pair:
+        return (sample_scene(rng, held_out),)
+    if question_type == "difference" or (question_type is None and rng.random() < 0.5):
+        while True:
+            first = sample_scene(rng, held_out, rng.choice((1, 2, 2, 3)))
+            second = change_one(rng, first, rng.choice(("color", "shape", "size", "place")))
+            if second:
+                return (first, second) if rng.random() < 0.5 else (second, first)
+    return tuple(sample_scene(rng, held_out, rng.choice((1, 2, 3))) for _ in range(2))
+
+
+def sample_dialogue(rng: random.Random, language: str) -> tuple[tuple[Scene, ...], list[Question]]:
+    """Training scenes and up to 9 different questions about them; every type that fits is as likely as the others."""
+    questions: dict[str, Question] = {}
+    while not questions:
+        scenes = sample_scenes(rng, held_out=False)
+        types = PAIR_TYPES if len(scenes) == 2 else SINGLE_TYPES
+        for _ in range(rng.randint(LEAST_TURNS, MOST_TURNS)):
+            question = ask(rng, rng.choice(types), scenes, language)
+            if question:
+                questions[question.text] = question
+    return scenes, list(questions.values())
+
+
+def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
+    """Conversation turns; `prefix` (the images, or their words) opens the first question."""
+    turns = []
+    for index, (question, answer) in enumerate(pairs):
+        content = f"{prefix}\n{question}" if index == 0 else question
+        turns += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return turns
+
+
+def in_words(rng: random.Random, scene: Scene) -> str:
+    """A text that stands for a picture of the scene, in either language."""
+    language = rng.choice(LANGUAGES)
+    if rng.random() < 0.15:
+        return draw_in_words(rng, scene, language)
+    return describe(rng, scene, language, shuffled=True)
+
+
+def text_row(rng: random.Random) -> dict:
+    """A dialogue about scenes described in words; a quarter asks for a description."""
+    language = rng.choice(LANGUAGES)
+    scenes, questions = sample_dialogue(rng, language)
+    prefix = "\n".join(in_words(rng, scene) for scene in scenes)
+    pairs = [(question.text, question.answer) for question in questions]
+    if len(scenes) == 1 and rng.random() < 0.35:
+        pairs[0] = caption(rng, scenes[0], language)
+    return {"conversations": as_turns(pairs, prefix)}
+
+
+class SceneSetWriter:
+    """Writes rows and their pictures below one folder."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, n_rows: int, make_row) -> None:
+        """`make_row(rng, index)` returns (row without "image", scenes to draw)."""
+        rng = random.Random(f"{self.seed}-{name}")
+        images = self.folder / f"{name}_images"
+        file_name = "lm_data.jsonl" if name == "lm" else f"{name}_vlm_data.jsonl"
+        with open(self.folder / file_name, "w", encoding="utf-8") as file:
+            for index in tqdm(range(n_rows), desc=f"render {name}", unit="row"):
+                row, scenes = make_row(rng, index)
+                names = []
+                for number, scene in enumerate(scenes):
+                    images.mkdir(exist_ok=True)
+                    names.append(f"{index:05d}{'ab'[number]}.jpg")
+                    draw_scene(scene).save(images / names[-1], quality=92, subsampling=0)
+                if names:
+                    row["image"] = ", ".join(names)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    scene = sample_scene(rng, held_out=False)
+    return {"conversations": as_turns([caption(rng, scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
+
+
+def sft_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    scenes, questions = sample_dialogue(rng, rng.choice(LANGUAGES))
+    pairs = [(question.text, question.answer) for question in questions]
+    return {"conversations": as_turns(pairs, "\n".join(["<image>"] * len(scenes)))}, scenes
+
+
+def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    """Every type equally often, languages in turn."""
+    question_type = QUESTION_TYPES[index % len(QUESTION_TYPES)]
+    language = LANGUAGES[index // len(QUESTION_TYPES) % 2]
+    while True:
+        scenes = sample_scenes(rng, held_out=True, question_type=question_type)
+        question = ask(rng, question_type, scenes, language)
+        if question:
+            turns = as_turns([(question.text, question.answer)], "\n".join(["<image>"] * len(scenes)))
+            return {"type": question_type, "conversations": turns}, scenes
+
+
+def write_scene_set(folder: Path, sizes: dict[str, int], seed: int = 1337) -> None:
+    """Write the parts named in `sizes` (rows of each of "lm", "pretrain", "sft", "eval")."""
+    writer = SceneSetWriter(folder, seed)
+    makers = {"lm": lambda rng, index: (text_row(rng), ()), "pretrain": pretrain_row, "sft": sft_row, "eval": eval_row}
+    for name, n_rows in sizes.items():
+        writer.write(name, n_rows, makers[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the set is written")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of every scene and question")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}_rows", type=int, default=default, help=f"rows of the {name} part (0: none)")
+    args = parser.parse_args()
+    sizes = {name: getattr(args, f"{name}_rows") for name in SIZES}
+    write_scene_set(args.folder, {name: n_rows for name, n_rows in sizes.items() if n_rows}, args.seed)
+
+
+if __name__ == "__main__":
+    main()

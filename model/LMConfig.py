@@ -1,0 +1,117 @@
+"""Every size of the network in one place."""
+
+from transformers import PretrainedConfig
+
+from model.errors import UserError
+
+PLACEHOLDER = "@"  # one character stands for one image patch; its token id is 34 in the published tokenizer
+
+
+class LMConfig(PretrainedConfig):
+    """Sizes of the MiniMind language model. `hidden_dim=None` means 2/3 * 4 * dim, rounded up to `multiple_of`.
+
+    Raises UserError where the sizes cannot work together.
+    """
+
+    model_type = "minimind"
+
+    def __init__(
+        self,
+        dim: int = 512,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        n_kv_heads: int = 2,
+        vocab_size: int = 6400,
+        hidden_dim: int | None = None,
+        multiple_of: int = 64,
+        norm_eps: float = 1e-5,
+        max_seq_len: int = 8192,
+        rope_theta: float = 1e6,
+        dropout: float = 0.0,
+        **kwargs,
+    ):
+        if dim % n_heads or dim // n_heads % 2:
+            raise UserError(f"dim {dim} does not split into {n_heads} heads of an even size: change dim or n_heads")
+        if n_heads % n_kv_heads:
+            raise UserError(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}: change one of them")
+        if hidden_dim is None:
+            hidden_dim = -(-int(2 / 3 * 4 * dim) // multiple_of) * multiple_of
+        self.dim = dim
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.vocab_size = vocab_size
+        self.hidden_dim = hidden_dim
+        self.multiple_of = multiple_of
+        self.norm_eps = norm_eps
+        self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        super().__init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+class VLMConfig(LMConfig):
+    """LMConfig plus what joins it to a vision tower: the image placeholder and the width of a patch feature.
+
+    The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features. `for_tower` reads them off
+    another tower's own configuration.
+    """
+
+    model_type = "minimind-v"
+
+    def __init__(
+        self,
+        image_special_token: str = PLACEHOLDER * 196,
+        image_ids: list[int] | None = None,
+        vision_dim: int = 768,
+        **kwargs,
+    ):
+        image_ids = [34] * len(image_special_token) if image_ids is None else image_ids
+        if len(image_special_token) != len(image_ids):
+            raise UserError(
+                f"image_special_token has {len(image_special_token)} characters but image_ids has {len(image_ids)}: "
+                "one id for each"
+            )
+        if len(set(image_ids)) != 1:
+            raise UserError(f"image_ids must repeat one id, not {sorted(set(image_ids))}")
+        self.image_special_token = image_special_token
+        self.image_ids = image_ids
+        self.vision_dim = vision_dim
+        super().__init__(**kwargs)
+
+    @classmethod
+    def for_tower(cls, vision_config: PretrainedConfig, **sizes) -> "VLMConfig":
+        """The configuration that joins a language model of these `sizes` to a CLIP vision tower."""
+        n_patches = count_patches(vision_config)
+        return cls(image_special_token=PLACEHOLDER * n_patches, vision_dim=vision_config.hidden_size, **sizes)
+
+    def check_tower(self, vision_config: PretrainedConfig) -> None:
+        """Raise UserError unless placeholder length and width are those of the tower."""
+        n_patches = count_patches(vision_config)
+        if self.n_image_tokens != n_patches:
+            raise UserError(
+                f"the placeholder stands for {self.n_image_tokens} patches but the vision tower makes {n_patches}: "
+                "build the configuration with VLMConfig.for_tower(tower.config)"
+            )
+        if self.vision_dim != vision_config.hidden_size:
+            raise UserError(
+                f"vision_dim is {self.vision_dim} but the vision tower is {vision_config.hidden_size} wide: "
+                "build the configuration with VLMConfig.for_tower(tower.config)"
+            )
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Tokens, and patches, of one image."""
+        return len(self.image_ids)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.image_ids[0]
+
+
+def count_patches(vision_config: PretrainedConfig) -> int:
+    return (vision_config.image_size // vision_config.patch_size) ** 2

@@ -1,0 +1,103 @@
+"""Text generation with a KV cache: prefill the prompt once, then decode one token at a time."""
+
+from collections.abc import Iterator
+
+import torch
+
+from model.model_lm import KVCache
+
+
+@torch.no_grad()
+def prefill(
+    model,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cache: KVCache,
+) -> torch.Tensor:
+    """Run the prompt int64[B, T] through the model and fill `cache`; returns float[B, vocab_size], the last position's logits."""
+    embeddings = model.embed(input_ids, pixel_values, image_features)
+    hidden = model.run_layers(embeddings, attention_mask, cache)
+    return model.output(hidden[:, -1])
+
+
+@torch.no_grad()
+def decode_one_token(model, token: torch.Tensor, attention_mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+    """int64[B], the tokens chosen last -> float[B, vocab_size], logits of the next ones."""
+    hidden = model.run_layers(model.tok_embeddings(token[:, None]), attention_mask, cache)
+    return model.output(hidden[:, -1])
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """float[B, vocab_size] -> int64[B]. Temperature 0 takes the likeliest; top_p < 1 samples from the nucleus (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True)
+        outside = ranked.cumsum(dim=-1) - ranked >= top_p  # the token that crosses top_p still belongs
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked.masked_fill(outside, 0.0))
+    return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+
+
+def generate(
+    model,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None = None,
+    *,
+    image_features: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.65,
+    top_p: float = 0.85,
+    eos_token_id: int = 2,
+    pad_token_id: int = 0,
+    stream: bool = False,
+) -> torch.Tensor | Iterator[torch.Tensor]:
+    """Continue the prompts int64[B, T]; pad prompts of unequal length on the left and pass their attention_mask [B, T].
+
+    Returns int64[B, T + N]: prompt and answer, `pad_token_id` after an answer's `eos_token_id`. With `stream=True`
+    returns an iterator of int64[B, n], all new tokens so far, one step at a time. At most `max_new_tokens` are new, fewer
+    where the model's max_seq_len leaves no room. Raises ValueError for a prompt that fills max_seq_len by itself.
+    """
+    prompt_length = input_ids.shape[1]
+    room = model.config.max_seq_len - prompt_length
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {prompt_length} tokens but max_seq_len is {model.config.max_seq_len}: shorten the prompt"
+        )
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]: change the flag")
+    steps = _steps(
+        model, input_ids, pixel_values, image_features, attention_mask,
+        min(max_new_tokens, room), temperature, top_p, eos_token_id, pad_token_id,
+    )  # fmt: skip
+    if stream:
+        return steps
+    new_tokens = input_ids[:, :0]
+    for new_tokens in steps:
+        pass
+    return torch.cat((input_ids, new_tokens), dim=1)
+
+
+def _steps(
+    model, input_ids, pixel_values, image_features, attention_mask,
+    max_new_tokens, temperature, top_p, eos_token_id, pad_token_id,
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    batch_size, prompt_length = input_ids.shape
+    dtype = model.tok_embeddings.weight.dtype
+    cache = KVCache(model.config, batch_size, prompt_length + max_new_tokens, input_ids.device, dtype)
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+    tokens = input_ids.new_empty(batch_size, max_new_tokens)
+    logits = prefill(model, input_ids, pixel_values, image_features, attention_mask, cache)
+    for n in range(max_new_tokens):
+        if n > 0:
+            if attention_mask is not None:
+                attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch_size, 1)), dim=1)
+            logits = decode_one_token(model, tokens[:, n - 1], attention_mask, cache)
+        tokens[:, n] = sample(logits, temperature, top_p).masked_fill(finished, pad_token_id)
+        finished |= tokens[:, n] == eos_token_id
+        yield tokens[:, : n + 1]
+        if finished.all():
+            return

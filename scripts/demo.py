@@ -1,0 +1,111 @@
+"""`make demo`: from nothing to a small model that sees, through the scripts a user of the real data runs.
+
+    python scripts/demo.py                        # about 10 minutes on 2 CPU cores; everything goes to out/demo/
+
+Renders the scene set, then base language model -> pretraining -> SFT -> evaluation with the right image, a wrong one and none.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset.scene_set import write_scene_set
+from dataset.scene_text import QUESTION_TYPES
+
+STAND_INS = ROOT / "model" / "demo"
+OUT = ROOT / "out" / "demo"
+MODEL_SIZES = ["--dim", "128", "--n_layers", "6"]
+MODEL_FLAGS = [
+    *MODEL_SIZES, "--device", "cpu", "--tokenizer", str(STAND_INS / "tokenizer"), "--vision_model", str(STAND_INS / "vision_model"),
+]  # fmt: skip
+TRAIN_FLAGS = [*MODEL_FLAGS, "--dtype", "float32", "--out_dir", str(OUT), "--log_interval", "10"]
+ROWS = {"lm": 1280, "pretrain": 4000, "sft": 8000, "eval": 640}
+IMAGE_CHOICES = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}  # -> name in the report
+
+
+def run_stage(title: str, script: str, *flags: str) -> None:
+    """Run one of the repository's scripts as a user would, showing the command."""
+    shown = " ".join(flag.replace(f"{ROOT}/", "") for flag in flags)
+    print(f"\n== {title}\n$ python {script} {shown}", flush=True)
+    finished = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=ROOT)
+    if finished.returncode:
+        sys.exit(f"error: {script} stopped with status {finished.returncode}; its message is above")
+
+
+def train_stages(data: Path) -> None:
+    run_stage(
+        "base: the language model reads about scenes (it starts from the shipped stand-in for lm_512.pth)", "train_sft_vlm.py",
+        *TRAIN_FLAGS, "--data_path", str(data / "lm_data.jsonl"), "--init_weights", str(STAND_INS / "lm_128.pth"),
+        "--save_name", "lm", "--epochs", "1", "--batch_size", "32", "--learning_rate", "1e-4",
+    )  # fmt: skip
+    run_stage(
+        "pretraining: the projector learns to translate patches into that language", "train_pretrain_vlm.py",
+        *TRAIN_FLAGS, "--data_path", str(data / "pretrain_vlm_data.jsonl"), "--images_path", str(data / "pretrain_images"),
+        "--epochs", "1", "--batch_size", "16", "--learning_rate", "2e-3", "--warmup_iters", "20",
+    )  # fmt: skip
+    run_stage(
+        "SFT: the whole language model learns to answer about images", "train_sft_vlm.py",
+        *TRAIN_FLAGS, "--data_path", str(data / "sft_vlm_data.jsonl"), "--images_path", str(data / "sft_images"),
+        "--epochs", "1", "--batch_size", "16", "--learning_rate", "6e-4", "--warmup_iters", "20",
+    )  # fmt: skip
+
+
+def evaluate(data: Path) -> dict[str, dict]:
+    """The report of eval_vlm.py for each choice of images."""
+    reports = {}
+    for images in IMAGE_CHOICES:
+        path = OUT / f"eval_{images}.json"
+        run_stage(
+            f"evaluation on held-out scenes, {images} image", "eval_vlm.py",
+            *MODEL_FLAGS, "--out_dir", str(OUT), "--data", str(data / "eval_vlm_data.jsonl"),
+            "--images_path", str(data / "eval_images"), "--show_images", images, "--save_report", str(path),
+        )  # fmt: skip
+        reports[images] = json.loads(path.read_text(encoding="utf-8"))
+    return reports
+
+
+def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> None:
+    print("\nExact answers on held-out scenes, % of questions\n")
+    print(f"{'':14}" + "".join(f"{images + ' image':>13}" for images in IMAGE_CHOICES))
+    for name in (*QUESTION_TYPES, "overall"):
+        print(f"{name:14}" + "".join(f"{100 * report[key][name]:13.1f}" for key in IMAGE_CHOICES.values()))
+    print("\nSome answers (right image):\n")
+    for answer in reports["right"]["answers"][: 2 * len(QUESTION_TYPES)]:
+        question = answer["question"].replace("<image>\n", "")
+        pictures = ", ".join(Path(image).name for image in answer["images"])
+        verdict = "" if answer["given"] == answer["answer"] else f"   (wrong: {answer['answer']})"
+        print(f"  [{pictures}] {question} -> {answer['given']}{verdict}")
+    shown = OUT.relative_to(ROOT)
+    print(f"\nweights: {shown}/lm_128.pth, {shown}/pretrain_vlm_128.pth, {shown}/sft_vlm_128.pth")
+    print(f"loss curves: {shown}/lm_128.png, {shown}/pretrain_vlm_128.png, {shown}/sft_vlm_128.png")
+    print(f"report: {report_path.relative_to(ROOT)}")
+    print(f"{report['seconds'] / 60:.1f} minutes, at most {report['peak_memory_bytes'] / 1e9:.2f} GB of memory")
+    print("talk to it: make web")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    started = time.perf_counter()
+    data = OUT / "data"
+    print("== rendering the scene set", flush=True)
+    write_scene_set(data, ROWS)
+    train_stages(data)
+    reports = evaluate(data)
+    report = {key: reports[images]["accuracy"] for images, key in IMAGE_CHOICES.items()}
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    report["peak_memory_bytes"] = max(usage) * (1 if sys.platform == "darwin" else 1024)  # of the largest process
+    report_path = OUT / "report.json"
+    report_path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print_results(reports, report, report_path)
+
+
+if __name__ == "__main__":
+    main()

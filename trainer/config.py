@@ -1,0 +1,57 @@
+"""Flags of both training scripts: the published names, one help line each."""
+
+import argparse
+
+from model.processing import TOKENIZER_PATH
+from model.vision import VISION_MODEL_PATH
+
+
+def parse_train_args(description: str, **defaults) -> argparse.Namespace:
+    """Read the command line. `defaults` are the stage's own: save_name, init_name, epochs, batch_size, learning_rate,
+    data_path, images_path, max_seq_len, log_interval, save_interval."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", "--data", help="training rows, .jsonl or .parquet")
+    group.add_argument("--images_path", "--images", help="folder of the images that a .jsonl names")
+    group.add_argument("--val_data", help="rows for a validation loss, same formats")
+    group.add_argument("--val_images", help="folder of their images (as --images_path where not given)")
+    group.add_argument("--max_seq_len", type=int, help="tokens a sample is cut at")
+    group.add_argument("--num_workers", type=int, default=None, help="processes that read data (8, and 0 on a CPU)")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--dim", type=int, help="width of the language model: 512, or 768 with --n_layers 16")
+    group.add_argument("--n_layers", type=int, help="its layers")
+    group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
+    group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
+    group.add_argument("--init_weights", help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random")
+
+    group = parser.add_argument_group("learning")
+    group.add_argument("--epochs", type=int, help="passes over the data")
+    group.add_argument("--batch_size", type=int, help="samples at a time, on each device")
+    group.add_argument("--accumulation_steps", type=int, default=1, help="batches that make one optimizer step")
+    group.add_argument("--learning_rate", type=float, help="peak learning rate is 1.1 times this, as published")
+    group.add_argument("--warmup_iters", type=int, default=0, help="steps over which the learning rate rises from 0")
+    group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
+    group.add_argument("--max_steps", type=int, default=None, help="stop after this many optimizer steps")
+    group.add_argument("--seed", type=int, default=1337, help="seed of fresh weights, data order and dropout")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default=None, help="cuda:0, cpu, … (the GPU where there is one)")
+    group.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 where the device has it")
+    group.add_argument("--ddp", action="store_true", help="refuse to start outside torchrun (under it, DDP is always on)")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--out_dir", default="out", help="folder of weights, logs and curves")
+    group.add_argument("--save_name", help="weights go to OUT_DIR/SAVE_NAME_DIM.pth")
+    group.add_argument("--log_interval", type=int, help="steps between log lines")
+    group.add_argument("--save_interval", type=int, help="steps between saves")
+    group.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline needs no account)")
+    group.add_argument("--wandb_project", default="MiniMind-V", help="its project")
+
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    for name in ("batch_size", "accumulation_steps", "epochs", "log_interval", "save_interval", "max_seq_len"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: it has to be at least 1")
+    return args

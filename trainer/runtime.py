@@ -1,0 +1,111 @@
+"""Where a run takes place: device, number format, processes, seed, and how it is asked to stop."""
+
+import os
+import random
+import signal
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.errors import UserError
+
+
+@dataclass
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a question asked after each step; a second Ctrl-C stops at once."""
+
+    received: str = ""
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass
+class Runtime:
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, flush=True)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start_runtime(args) -> Runtime:
+    """Join the other processes where torchrun started us, choose device and number format once, and seed everything."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if args.ddp and "RANK" not in os.environ:
+        raise UserError("--ddp needs torchrun: torchrun --nproc_per_node N train_….py …")
+    device = _choose_device(args.device)
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dtype, reason = _choose_dtype(args.dtype, device)
+    runtime = Runtime(device, dtype, rank, world_size)
+    runtime.say(f"device: {device} x {world_size}; numbers: {str(dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}")
+    seed_everything(args.seed)
+    return runtime
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # every device
+
+
+def _choose_device(wanted: str | None) -> torch.device:
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted} but PyTorch sees no GPU here: pass --device cpu, or install a CUDA build of PyTorch")
+    if wanted == "cuda" or (wanted.startswith("cuda") and "LOCAL_RANK" in os.environ):
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted} is no device: pass cpu, cuda or cuda:0") from error
+
+
+def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if wanted == "float32":
+        return torch.float32, "asked for"
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if has_bfloat16:
+        return torch.bfloat16, "weights stay float32"
+    return torch.float32, "the device has no fast bfloat16"

@@ -1,0 +1,40 @@
+"""Build what is trained: tower, tokenizer, model, and the weights it starts from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.nn import Parameter
+
+from model.checkpoint import load_weights, read_weights, weights_path
+from model.LMConfig import VLMConfig
+from model.model_vlm import MiniMindVLM
+from model.processing import VLMProcessor, load_tokenizer
+from model.vision import load_vision_encoder
+from trainer.runtime import Runtime
+
+
+def build_model(args, runtime: Runtime) -> tuple[MiniMindVLM, VLMProcessor]:
+    """The model on its device with its starting weights, and the processor that feeds it.
+
+    Weights: --init_weights, else OUT_DIR/INIT_NAME_DIM.pth. Sizes: --dim, --n_layers, the tower's patches, the tokenizer's words.
+    """
+    tokenizer = load_tokenizer(args.tokenizer)
+    tower, image_processor = load_vision_encoder(args.vision_model)
+    config = VLMConfig.for_tower(tower.config, dim=args.dim, n_layers=args.n_layers, vocab_size=len(tokenizer))
+    model = MiniMindVLM(config, tower)
+    if args.init_weights == "none":
+        runtime.say("weights: random")
+    else:
+        path = Path(args.init_weights or weights_path(args.out_dir, args.init_name, args.dim))
+        load_weights(model, read_weights(path), path, language_only=True)
+        runtime.say(f"weights: {path}")
+    model.to(runtime.device)
+    tower.to(runtime.dtype)  # frozen, so it needs no float32 master copy
+    return model, VLMProcessor(tokenizer, image_processor, config)
+
+
+def choose_learned(model: MiniMindVLM, is_learned: Callable[[str], bool]) -> list[Parameter]:
+    """Freeze every parameter but those whose name `is_learned` accepts; the tower is frozen in any case."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("vision_encoder.") and is_learned(name))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
