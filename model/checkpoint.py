@@ -57,7 +57,8 @@ def _replacing(path: Path):
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): free some space or choose another folder; an older file is intact") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

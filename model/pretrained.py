@@ -8,14 +8,14 @@ import torch
 from model.checkpoint import STAGES, load_weights, read_weights, weights_path
 from model.convert import load_transformers_directory
 from model.errors import UserError
-from model.LMConfig import VLMConfig
+from model.LMConfig import LMConfig, VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import TOKENIZER_PATH, VLMProcessor, load_tokenizer
 from model.vision import VISION_MODEL_PATH, load_vision_encoder
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    sizes = VLMConfig()
+    sizes = LMConfig()
     group = parser.add_argument_group("model")
     group.add_argument("--load", type=int, default=0, choices=(0, 1), help="0: OUT_DIR/….pth; 1: a transformers directory")
     group.add_argument("--model_mode", type=int, default=1, choices=tuple(STAGES), help="0: pretrained, 1: SFT, 2: multi-image SFT")

@@ -1,6 +1,6 @@
 """Train the demo's stand-in for lm_512.pth: a small language model that has only read about scenes.
 
-    python scripts/train_demo_base.py             # about an hour on 2 cores; writes model/demo/lm_128.pth
+    python scripts/train_demo_base.py             # about 35 minutes on 2 cores; writes model/demo/lm_128.pth
 
 Text-only rows of the rendered set (dataset/scene_set.py) go through train_sft_vlm.py, as anyone's text would. Run scripts/train_demo_tower.py
 first. Seeded: the same machine and number of threads give the same file again.
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out_file", type=Path, default=STAND_INS / "lm_128.pth", help="where the weights are written")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "out/demo_base", help="data, log and full-precision weights")
     parser.add_argument("--vision_model", type=Path, default=STAND_INS / "vision_model", help="tower folder (unused by text)")
-    parser.add_argument("--rows", type=int, default=120_000, help="text rows, each read once")
+    parser.add_argument("--rows", type=int, default=80_000, help="text rows, each read once")
     parser.add_argument("--seed", type=int, default=7, help="seed of the rows and the weights")
     args = parser.parse_args()
 

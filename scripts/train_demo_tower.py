@@ -104,7 +104,7 @@ def normalise(images: torch.Tensor, processor: CLIPImageProcessorPil) -> torch.T
 
 
 @torch.no_grad()
-def accuracies(model: TaughtTower, processor: CLIPImageProcessorPil, n_scenes: int = 400) -> str:
+def accuracies(model: TaughtTower, processor: CLIPImageProcessorPil, n_scenes: int) -> str:
     """On held-out combinations: share of things named right by their centre patch, and of patches rightly "none"."""
     model.eval()
     right, things, false_alarms = torch.zeros(len(N_CLASSES)), 0, 0
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="scenes in a step")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (warm-up, then cosine)")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the weights and the scenes")
+    parser.add_argument("--eval_scenes", type=int, default=400, help="held-out scenes it is measured on every 200 steps")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -156,7 +157,7 @@ def main() -> None:
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if step % 200 == 0 or step == args.steps:
-            progress.write(f"step {step}: loss {loss.item():.3f}; {accuracies(model, processor)}")
+            progress.write(f"step {step}: loss {loss.item():.3f}; {accuracies(model, processor, args.eval_scenes)}")
             copy.deepcopy(tower).half().save_pretrained(args.out_dir)  # half precision: 1.8 MB
     processor.save_pretrained(args.out_dir)
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from model.LMConfig import LMConfig
 from model.processing import TOKENIZER_PATH
 from model.vision import VISION_MODEL_PATH
 
@@ -19,9 +20,10 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     group.add_argument("--max_seq_len", type=int, help="tokens a sample is cut at")
     group.add_argument("--num_workers", type=int, default=None, help="processes that read data (8, and 0 on a CPU)")
 
+    sizes = LMConfig()
     group = parser.add_argument_group("model")
-    group.add_argument("--dim", type=int, help="width of the language model: 512, or 768 with --n_layers 16")
-    group.add_argument("--n_layers", type=int, help="its layers")
+    group.add_argument("--dim", type=int, default=sizes.dim, help="width of the language model: 512, or 768 with --n_layers 16")
+    group.add_argument("--n_layers", type=int, default=sizes.n_layers, help="its layers")
     group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
     group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
     group.add_argument("--init_weights", help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random")

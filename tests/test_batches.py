@@ -1,0 +1,87 @@
+"""Which samples come together: nothing lost, nothing twice, the same optimizer steps however they are cut up."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.errors import BadSampleError
+from trainer.batches import LengthBatches, SafeDataset, collate, make_loader
+from trainer.loop import learning_rate
+
+LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda values: np.array(values, dtype=np.int32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
+def test_every_sample_once_in_an_epoch_over_all_ranks(lengths, batch_size, accumulation_steps, world_size, epoch):
+    seen = []
+    for rank in range(world_size):
+        batches = LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
+        batches.epoch = epoch
+        mine = list(batches)
+        assert len(mine) == len(batches) == batches.steps * accumulation_steps
+        assert all(len(batch) <= batch_size for batch in mine)
+        seen += [index for batch in mine for index in batch]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS)
+def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
+    def steps(batch_size, accumulation_steps, world_size):
+        ranks = [list(LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1)) for rank in range(world_size)]
+        n = len(ranks[0]) // accumulation_steps
+        parts = [[batch for rank in ranks for batch in rank[i * accumulation_steps : (i + 1) * accumulation_steps]] for i in range(n)]
+        return [sorted(index for batch in step for index in batch) for step in parts]
+
+    assert steps(16, 1, 1) == steps(8, 1, 2) == steps(8, 2, 1) == steps(4, 2, 2)
+
+
+def test_epochs_differ_and_lengths_are_alike():
+    lengths = np.random.default_rng(0).integers(200, 600, 4000)
+    batches = LengthBatches(lengths, 16, seed=1)
+    first = list(batches)
+    assert first == list(batches)
+    batches.epoch = 1
+    assert first != list(batches)
+    padding = 1 - sum(lengths[b].sum() for b in first) / sum(lengths[b].max() * len(b) for b in first)
+    assert padding < 0.03
+    means = [lengths[b].mean() for b in first[:100]]
+    assert np.std(means) > 50 and abs(np.corrcoef(means, range(100))[0, 1]) < 0.3, "batches come in no order of length"
+
+
+class Samples:
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index in (1, 4):
+            raise BadSampleError("image damaged", "x.jpg")
+        ids = torch.arange(3 + index)
+        return {"input_ids": ids, "labels": ids, "pixel_values": torch.ones(index % 2, 3, 4, 4)}
+
+
+def test_bad_samples_are_left_out_and_counted():
+    safe = SafeDataset(Samples())
+    batch = collate([safe[i] for i in range(4)])
+    assert batch.input_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]]
+    assert batch.labels[0].tolist() == [0, 1, 2, -100, -100, -100]
+    assert batch.indices == [0, 2, 3] and batch.skipped == {"image damaged": 1} and len(batch.pixel_values) == 1
+    assert batch.n_labels == 2 + 4 + 5
+    blank = collate([safe[1], safe[4]])
+    assert blank.n_labels == 0 and blank.skipped == {"image damaged": 2} and blank.pixel_values is None
+
+
+def test_loader_workers_report_bad_samples():
+    loader = make_loader(Samples(), LengthBatches(np.arange(5), 2, shuffle=False), num_workers=2)
+    batches = list(loader)
+    assert sum(len(batch.indices) for batch in batches) == 3
+    assert sum(batch.skipped["image damaged"] for batch in batches) == 2
+
+
+def test_learning_rate_is_the_published_schedule():
+    assert learning_rate(0, 100, 1e-3) == 1e-4 + 1e-3
+    assert abs(learning_rate(50, 100, 1e-3) - (1e-4 + 0.5e-3)) < 1e-9
+    assert abs(learning_rate(100, 100, 1e-3) - 1e-4) < 1e-9
+    assert learning_rate(0, 100, 1e-3, warmup_steps=10) < 1.2e-4 < learning_rate(9, 100, 1e-3, warmup_steps=10)

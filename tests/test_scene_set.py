@@ -1,0 +1,162 @@
+"""The rendered set: held-out combinations stay unseen, answers are true, files are in the published formats."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import TOKENIZER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.scene_set import eval_row, pretrain_row, sft_row, text_row, write_scene_set
+from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, TEMPLATES, WORDS, ask, describe
+from dataset.scenes import (
+    COLORS,
+    IMAGE_SIZE,
+    MAX_THINGS,
+    SHAPES,
+    SIZES,
+    change_one,
+    combinations,
+    draw_scene,
+    is_held_out,
+    sample_scene,
+)
+from model.processing import load_tokenizer
+
+
+def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
+    train, held_out = set(combinations(False)), set(combinations(True))
+    assert not train & held_out and len(train) == 108 and len(held_out) == 36
+    for side in (train, held_out):
+        assert {c for c, _, _ in side} == set(COLORS) and {s for _, s, _ in side} == set(SHAPES) and {z for *_, z in side} == set(SIZES)
+    pairs = Counter((color, shape) for color, shape, _ in train)
+    assert len(pairs) == 48 and min(pairs.values()) >= 2, "every colour-shape pair keeps two sizes in training"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9))
+def test_no_row_for_training_shows_a_held_out_combination(seed):
+    for make_row in (pretrain_row, sft_row):
+        for scene in make_row(random.Random(seed), 0)[1]:
+            assert not any(is_held_out(*thing.combination) for thing in scene.things)
+    for scene in eval_row(random.Random(seed), seed % 16)[1]:
+        assert all(is_held_out(*thing.combination) for thing in scene.things)
+    text = text_row(random.Random(seed))["conversations"][0]["content"]
+    english = {chinese: word for word, chinese in WORDS.items()}
+    for size, color, shape in re.findall(r"(small|medium|large) (\w+) (\w+), column", text):
+        assert not is_held_out(color, shape, size)
+    for size, color, shape in re.findall("(小的|中等的|大的)(..)(圆形|方形|三角形|星形|心形|十字形)，第", text):
+        assert not is_held_out(english[color], english[shape], english[size])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.booleans())
+def test_things_are_inside_and_apart(seed, held_out):
+    scene = sample_scene(random.Random(seed), held_out)
+    assert 1 <= len(scene.things) <= MAX_THINGS
+    assert len({thing.patch for thing in scene.things}) == len(scene.things)
+    for thing in scene.things:
+        assert SIZES[thing.size] < min(thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y)
+    picture = np.asarray(draw_scene(scene)).astype(int)
+    assert picture.shape == (224, 224, 3) and np.array_equal(picture, np.asarray(draw_scene(scene)))
+    for thing in scene.things:
+        assert np.abs(picture[thing.y, thing.x] - COLORS[thing.color]).max() <= 14, "its colour is at its centre"
+
+
+ENGLISH = {chinese: english for english, chinese in WORDS.items()}
+
+
+def to_english(answer: str) -> str:
+    return ENGLISH.get(answer, answer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(LANGUAGES))
+def test_answers_follow_from_the_description_alone(seed, language):
+    """Answer every single-image question again from nothing but the English description of the scene."""
+    rng = random.Random(seed)
+    scene = sample_scene(rng, held_out=bool(seed % 2))
+    things = [
+        dict(zip(("size", "color", "shape", "column", "row"), found))
+        for found in re.findall(r"(\w+) (\w+) (\w+), column (\d), row (\d)", describe(rng, scene, "en", shuffled=True))
+    ]
+    assert len(things) == len(scene.things)
+    for question_type in ("color", "shape", "size", "count", "relation"):
+        question = ask(rng, question_type, (scene,), language)
+        if question is None:
+            continue
+        named = [ENGLISH.get(word, word) for word in re.findall("|".join([*WORDS, *WORDS.values()]), question.text)]
+        colors, shapes = [w for w in named if w in COLORS], [w for w in named if w in SHAPES]
+        answer = to_english(question.answer)
+        if question_type == "relation":
+            a, b = (next(t for t in things if (t["color"], t["shape"]) == pair) for pair in zip(colors, shapes))
+            right, down = int(a["column"]) - int(b["column"]), int(a["row"]) - int(b["row"])
+            assert answer == (("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above"))
+            continue
+        fitting = [t for t in things if t["color"] in (colors or COLORS) and t["shape"] in (shapes or SHAPES)]
+        assert answer == str(len(fitting)) if question_type == "count" else [answer] == [t[question_type] for t in fitting]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(["color", "shape", "size", "place"]))
+def test_a_changed_scene_differs_in_one_aspect(seed, aspect):
+    rng = random.Random(seed)
+    first = sample_scene(rng, held_out=False)
+    second = change_one(rng, first, aspect)
+    if second:
+        assert to_english(ask(rng, "difference", (first, second), "zh").answer) == aspect
+        assert ask(rng, "difference", (second, first), "en").answer == aspect
+        assert not any(is_held_out(*thing.combination) for thing in second.things)
+
+
+def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
+    sizes = {"lm": 40, "pretrain": 20, "sft": 40, "eval": 32}
+    write_scene_set(tmp_path / "a", sizes)
+    write_scene_set(tmp_path / "b", sizes)
+    names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    rows = [json.loads(line) for line in (tmp_path / "a/eval_vlm_data.jsonl").read_text().splitlines()]
+    assert Counter(row["type"] for row in rows) == dict.fromkeys(QUESTION_TYPES, 4)
+    for row in rows:
+        images = row["image"].split(", ")
+        assert len(images) == (2 if row["type"] in PAIR_TYPES else 1) == row["conversations"][0]["content"].count("<image>")
+        assert all((tmp_path / "a/eval_images" / name).is_file() for name in images)
+    text_rows = (tmp_path / "a/lm_data.jsonl").read_text()
+    assert "<image>" not in text_rows and '"image"' not in text_rows
+
+
+@pytest.mark.parametrize("word", [*COLORS, *SHAPES, *SIZES, *(str(n) for n in range(1, 8))])
+def test_every_attribute_is_one_token_wherever_it_stands(word):
+    tokenizer = load_tokenizer(TOKENIZER)
+    assert len(tokenizer.tokenize(f" {word}")) == 1
+    if word in WORDS:
+        alone = tokenizer.tokenize(WORDS[word])
+        for before in (WORDS["red"], WORDS["large"], ""):
+            tokens = tokenizer.tokenize(before + WORDS[word] + TEMPLATES["color"]["zh"][0][7:])
+            assert len(alone) == 1 and alone[0] in tokens
+
+
+def test_tokenizer_script_gives_the_shipped_tokenizer_again(tmp_path):
+    from conftest import run_script
+
+    assert run_script("scripts/train_demo_tokenizer.py", "--out_dir", tmp_path).returncode == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text() == (TOKENIZER / name).read_text()
+
+
+def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
+    """<= 8 MB shipped; two short runs of the tower script give the same bytes."""
+    from conftest import ROOT, run_script
+
+    stand_ins = [ROOT / "model/demo/vision_model/model.safetensors", ROOT / "model/demo/lm_128.pth"]
+    assert sum(path.stat().st_size for path in stand_ins) <= 8e6
+    for folder in ("a", "b"):
+        finished = run_script(
+            "scripts/train_demo_tower.py", "--steps", "3", "--batch_size", "4", "--eval_scenes", "4", "--out_dir", tmp_path / folder
+        )
+        assert finished.returncode == 0, finished.stdout
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
