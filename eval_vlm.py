@@ -1,9 +1,9 @@
 """Ask a trained model about pictures, or measure how well it answers.
 
-    python eval_vlm.py --load 0 --model_mode 1                      every picture in dataset/eval_images
-    python eval_vlm.py --image a.jpg --image b.jpg --prompt "What changes?"
-    python eval_vlm.py --chat --image a.jpg                         a dialogue that keeps the picture
-    python eval_vlm.py --data rows.jsonl --images_path folder       loss and exact-answer accuracy
+python eval_vlm.py --load 0 --model_mode 1                      every picture in dataset/eval_images
+python eval_vlm.py --image a.jpg --image b.jpg --prompt "What changes?"
+python eval_vlm.py --chat --image a.jpg                         a dialogue that keeps the picture
+python eval_vlm.py --data rows.jsonl --images_path folder       loss and exact-answer accuracy
 """
 
 import argparse
@@ -18,15 +18,24 @@ from model.evaluation import IMAGE_CHOICES, accuracy, answer_questions, collect_
 from model.pretrained import add_model_flags, add_sampling_flags, load_vlm
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PROMPTS = {1: "描述一下这个图像的内容。", 2: "比较一下两张图像的异同点。"}  # for one picture and for several, as published
+PROMPTS = {
+    1: "描述一下这个图像的内容。",
+    2: "比较一下两张图像的异同点。",
+}  # for one picture and for several, as published
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     group = parser.add_argument_group("what to ask")
-    group.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat it to ask about several")
+    group.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; repeat it to ask about several"
+    )
     group.add_argument("--prompt", help="the question (a request for a description where not given)")
-    group.add_argument("--chat", action="store_true", help="type questions; /image FILE adds a picture, /new starts anew, /exit ends")
+    group.add_argument(
+        "--chat", action="store_true", help="type questions; /image FILE adds a picture, /new starts anew, /exit ends"
+    )
     group.add_argument(
         "--images_dir", help="ask about each picture of a folder (dataset/eval_images); with --model_mode 2 about each of its "
         "folders of pictures (dataset/eval_multi_images)"
@@ -34,7 +43,12 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("what to measure")
     group.add_argument("--data", help="rows with known answers, .jsonl or .parquet")
     group.add_argument("--images_path", help="folder of the images that --data names")
-    group.add_argument("--show_images", choices=IMAGE_CHOICES, default="right", help="give --data its images, those of other rows, or none")
+    group.add_argument(
+        "--show_images",
+        choices=IMAGE_CHOICES,
+        default="right",
+        help="give --data its images, those of other rows, or none",
+    )
     group.add_argument("--batch_size", type=int, default=32, help="questions answered together")
     group.add_argument("--save_report", help="write the scores and answers of --data to this JSON file")
     add_model_flags(parser)
@@ -117,12 +131,20 @@ def measure(args: argparse.Namespace, model, processor) -> None:
     report = {"images": args.show_images, "questions": len(questions), "accuracy": scores}
     if args.show_images == "right":
         report["loss"], n_bad = mean_loss(model, dataset)
-        print(f"loss: {report['loss']:.4f} nats a label token" + (f" ({n_bad} rows could not be read)" if n_bad else ""))
+        print(
+            f"loss: {report['loss']:.4f} nats a label token" + (f" ({n_bad} rows could not be read)" if n_bad else "")
+        )
     for name, score in scores.items():
         print(f"exact answers, {name}: {100 * score:.1f} %")
     if args.save_report:
         report["answers"] = [
-            {"type": q.type, "question": q.turns[-1]["content"], "answer": q.answer, "given": q.given, "images": [str(i) for i in q.images]}
+            {
+                "type": q.type,
+                "question": q.turns[-1]["content"],
+                "answer": q.answer,
+                "given": q.given,
+                "images": [str(i) for i in q.images],
+            }
             for q in questions
         ]
         save_text(json.dumps(report, ensure_ascii=False, indent=1), Path(args.save_report))

@@ -1,7 +1,7 @@
 """Stage 1, pretraining: the projector and the last layer of the language model learn from image captions.
 
-    python train_pretrain_vlm.py --epochs 4
-    torchrun --nproc_per_node 2 train_pretrain_vlm.py --epochs 4
+python train_pretrain_vlm.py --epochs 4
+torchrun --nproc_per_node 2 train_pretrain_vlm.py --epochs 4
 """
 
 from dataset.vlm_dataset import VLMDataset

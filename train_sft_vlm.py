@@ -1,7 +1,7 @@
 """Stage 2, supervised fine-tuning: the projector and the whole language model learn from dialogues about images.
 
-    python train_sft_vlm.py --epochs 4
-    python train_sft_vlm.py --data dataset/sft_vlm_data_multi.jsonl --images dataset/sft_multi_images --save_name sft_vlm_multi
+python train_sft_vlm.py --epochs 4
+python train_sft_vlm.py --data dataset/sft_vlm_data_multi.jsonl --images dataset/sft_multi_images --save_name sft_vlm_multi
 """
 
 from dataset.vlm_dataset import VLMDataset

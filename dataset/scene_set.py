@@ -1,11 +1,11 @@
 """Write the rendered demo set in the published data formats.
 
-    python -m dataset.scene_set out/demo/data        # the sizes `make demo` uses
+python -m dataset.scene_set out/demo/data        # the sizes `make demo` uses
 
-    lm_data.jsonl                             text-only rows: scenes in words, the same questions
-    pretrain_vlm_data.jsonl, pretrain_images/ one image and its description
-    sft_vlm_data.jsonl, sft_images/           dialogues about one image, or two
-    eval_vlm_data.jsonl, eval_images/         one question a row about held-out scenes, with its `type`
+lm_data.jsonl                             text-only rows: scenes in words, the same questions
+pretrain_vlm_data.jsonl, pretrain_images/ one image and its description
+sft_vlm_data.jsonl, sft_images/           dialogues about one image, or two
+eval_vlm_data.jsonl, eval_images/         one question a row about held-out scenes, with its `type`
 """
 
 import argparse
@@ -63,7 +63,7 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
 def in_words(rng: random.Random, scene: Scene) -> str:
     """A text that stands for a picture of the scene, in either language."""
     language = rng.choice(LANGUAGES)
-    if rng.random() < 0.15:
+    if rng.random() < 0.08:
         return draw_in_words(rng, scene, language)
     return describe(rng, scene, language, shuffled=True)
 

@@ -24,7 +24,10 @@ WORDS = {  # Chinese word for each English word that fills a slot
 }  # fmt: skip
 
 TEMPLATES = {
-    "place": {"en": "{size} {color} {shape}, column {column}, row {row}", "zh": "{size}{color}{shape}，第{column}列第{row}行"},
+    "place": {
+        "en": "{size} {color} {shape}, column {column}, row {row}",
+        "zh": "{size}{color}{shape}，第{column}列第{row}行",
+    },
     "separator": {"en": "; ", "zh": "；"},
     "stop": {"en": ".", "zh": "。"},
     "caption": {
@@ -42,7 +45,10 @@ TEMPLATES = {
         "zh": ("{color}{shape}在{other_color}{other_shape}的哪一边？",),
     },
     "which_image": {"en": ("Which image has the {color} {shape}?",), "zh": ("哪一张图有{color}{shape}？",)},
-    "in_image": {"en": ("What color is the {shape} in the {which} image?",), "zh": ("{which}图里的{shape}是什么颜色？",)},
+    "in_image": {
+        "en": ("What color is the {shape} in the {which} image?",),
+        "zh": ("{which}图里的{shape}是什么颜色？",),
+    },
     "difference": {"en": ("What changes from the first image to the second?",), "zh": ("两张图有什么不同？",)},
 }
 

@@ -25,7 +25,9 @@ from model.processing import (
     match_image_tags,
 )
 
-BYTES_PER_TOKEN = 3  # of UTF-8 text with a 6,400-word vocabulary, in English and Chinese alike; only orders rows by length
+BYTES_PER_TOKEN = (
+    3  # of UTF-8 text with a 6,400-word vocabulary, in English and Chinese alike; only orders rows by length
+)
 
 
 class JsonLinesRows:
@@ -37,9 +39,17 @@ class JsonLinesRows:
 
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         """(offset, bytes, row) of every line; the row is None where the line is no JSON object."""
-        with open(self.path, "rb") as file, tqdm(
-            total=self.path.stat().st_size, desc=f"check {self.path.name}", unit="B", unit_scale=True, leave=False, delay=1
-        ) as progress:
+        with (
+            open(self.path, "rb") as file,
+            tqdm(
+                total=self.path.stat().st_size,
+                desc=f"check {self.path.name}",
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                delay=1,
+            ) as progress,
+        ):
             offset = 0
             for line in file:
                 if line.strip():
@@ -111,7 +121,9 @@ class VLMDataset(Dataset):
                 f"no data at {data_path}: fetch {self.data_path.name} of jingyaogong/minimind-v_dataset into "
                 f"{self.data_path.parent}/, or pass --data_path"
             )
-        self.rows = ParquetRows(self.data_path) if self.data_path.suffix == ".parquet" else JsonLinesRows(self.data_path)
+        self.rows = (
+            ParquetRows(self.data_path) if self.data_path.suffix == ".parquet" else JsonLinesRows(self.data_path)
+        )
         self._check_rows()
 
     def _check_rows(self) -> None:
@@ -132,9 +144,13 @@ class VLMDataset(Dataset):
                 continue
             self.repaired += surplus > 0
             keys.append(key)
-            lengths.append(min(self.max_length, n_bytes // BYTES_PER_TOKEN + len(images) * self.processor.config.n_image_tokens))
+            lengths.append(
+                min(self.max_length, n_bytes // BYTES_PER_TOKEN + len(images) * self.processor.config.n_image_tokens)
+            )
         if not keys:
-            raise UserError(f"{self.data_path} has no usable row ({self.describe_skipped() or 'it is empty'}){self._hint(files)}")
+            raise UserError(
+                f"{self.data_path} has no usable row ({self.describe_skipped() or 'it is empty'}){self._hint(files)}"
+            )
         self.rows.keep(keys)
         self.lengths = np.array(lengths, dtype=np.int32)
 
@@ -186,5 +202,3 @@ class VLMDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, images = self.read(index)
         return self.processor.encode(row["conversations"], images, self.max_length)
-
-

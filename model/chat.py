@@ -24,8 +24,8 @@ class Chat:
     def ask(self, prompt: str, images: list = (), **sampling) -> Iterator[str]:
         """Stream the answer to `prompt`, piece by piece; new `images` stay for the rest of the conversation.
 
-        `sampling`: temperature, top_p, max_new_tokens. BadSampleError for an image that cannot be read, UserError for a conversation
-        that no longer fits. The conversation grows when the answer is complete, not before.
+        `sampling`: temperature, top_p, max_new_tokens. BadSampleError for an image that cannot be read, UserError for
+        a conversation that no longer fits. The conversation grows when the answer is complete, not before.
         """
         device = self.model.tok_embeddings.weight.device
         tags = f"{IMAGE_TAG}\n" * max(0, len(images) - prompt.count(IMAGE_TAG))
@@ -34,7 +34,8 @@ class Chat:
         input_ids = self.processor.encode_prompt(turns, len(images)).to(device)
         if input_ids.shape[1] >= self.model.config.max_seq_len:
             raise UserError(
-                f"the conversation has {input_ids.shape[1]} tokens but the model takes {self.model.config.max_seq_len}: start a new one"
+                f"the conversation has {input_ids.shape[1]} tokens but the model takes "
+                f"{self.model.config.max_seq_len}: start a new one"
             )
         features = self._features(images)
 

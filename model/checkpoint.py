@@ -54,8 +54,10 @@ def _replacing(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): free some space or choose another folder; an older file is intact") from error
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(
+            f"cannot write {path} ({error}): free some space or choose another folder; an older file is intact"
+        ) from error
     finally:
         if partial.is_file():
             partial.unlink()
@@ -73,15 +75,23 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             f"--local-dir {path.parent}`"
         )
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        weights = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or not a weights file ({type(error).__name__}): fetch or train it again") from error
+        raise UserError(
+            f"{path} is damaged or not a weights file ({type(error).__name__}): fetch or train it again"
+        ) from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
     return {name: weight for name, weight in weights.items() if not _IGNORED.search(name)}
 
 
-def load_weights(model: MiniMindLM, weights: dict[str, torch.Tensor], source: str | Path, language_only: bool = False) -> None:
+def load_weights(
+    model: MiniMindLM, weights: dict[str, torch.Tensor], source: str | Path, language_only: bool = False
+) -> None:
     """Copy `weights` into `model`; every key and every shape has to fit.
 
     `language_only` accepts weights without a projector, as lm_512.pth is; the model keeps its fresh one then. Raises UserError

@@ -1,9 +1,10 @@
 """MiniMind-V <-> transformers' stock LLaVA: the same network under other names.
 
 `LlavaForConditionalGeneration` with a Llama text model, a CLIP tower and a projector whose second layer is the identity
-computes what MiniMindVLM computes. Two things differ: Llama rotates half-split pairs (x0, x8), (x1, x9) … where MiniMind rotates
-interleaved ones, so the rows of wq and wk are reordered; and `<image>` gets a token id of its own behind
-the vocabulary, so that a plain '@' in text stays text. The tests use this as an oracle, `eval_vlm.py --load 1` to read a transformers directory.
+computes what MiniMindVLM computes. Two things differ: Llama rotates half-split pairs (x0, x8), (x1, x9) … where
+MiniMind rotates interleaved ones, so the rows of wq and wk are reordered; and `<image>` gets a token id of its own
+behind the vocabulary, so that a plain '@' in text stays text. The tests use this as an oracle, `eval_vlm.py --load 1`
+to read a transformers directory.
 """
 
 import inspect
@@ -75,7 +76,9 @@ def minimind_config(config: LlavaConfig) -> VLMConfig:
     }
     for name, value in wanted.items():
         if getattr(config, name) != value:
-            raise UserError(f"this LLaVA has {name} {getattr(config, name)}, a MiniMind-V has {value}: it is another model")
+            raise UserError(
+                f"this LLaVA has {name} {getattr(config, name)}, a MiniMind-V has {value}: it is another model"
+            )
     text = config.text_config
     return VLMConfig.for_tower(
         config.vision_config,
@@ -159,16 +162,19 @@ def to_llava_ids(input_ids: torch.Tensor, is_patch: torch.Tensor, config: VLMCon
     return input_ids.masked_fill(is_patch, config.vocab_size)
 
 
-def load_transformers_directory(folder: str | Path, vision_model: str | Path) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+def load_transformers_directory(
+    folder: str | Path, vision_model: str | Path
+) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
     """(model, image processor) from a transformers directory: a LLaVA made by `to_llava`, or the published MiniMind2-V.
 
-    The published layout has our own key names beside a config.json of `model_type` "minimind-v" and no CLIP, which then comes from
-    `vision_model`. Code that a directory brings along is not run.
+    The published layout has our own key names beside a config.json of `model_type` "minimind-v" and no CLIP, which then
+    comes from `vision_model`. Code that a directory brings along is not run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise MissingFileError(
-            f"no transformers directory at {folder}: fetch it with `huggingface-cli download jingyaogong/MiniMind2-V --local-dir {folder}`"
+            f"no transformers directory at {folder}: fetch it with `huggingface-cli download jingyaogong/MiniMind2-V "
+            f"--local-dir {folder}`"
         )
     sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if sizes.get("model_type") == "llava":

@@ -59,7 +59,11 @@ def _shuffle_images(images: list[list], seed: int) -> list[list]:
 
 
 def answer_questions(
-    model: MiniMindVLM, processor: VLMProcessor, questions: list[Question], batch_size: int = 32, description: str = "answer"
+    model: MiniMindVLM,
+    processor: VLMProcessor,
+    questions: list[Question],
+    batch_size: int = 32,
+    description: str = "answer",
 ) -> None:
     """Fill in `given` of every question, greedily, in left-padded batches of similar length."""
     device = model.tok_embeddings.weight.device

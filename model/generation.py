@@ -30,7 +30,8 @@ def decode_one_token(model, token: torch.Tensor, attention_mask: torch.Tensor | 
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """float[B, vocab_size] -> int64[B]. Temperature 0 takes the likeliest; top_p < 1 samples from the nucleus (Holtzman et al. 2020)."""
+    """float[B, vocab_size] -> int64[B]. Temperature 0 takes the likeliest token; top_p < 1 samples from the likeliest
+    tokens that hold this probability together (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / temperature).softmax(dim=-1)
@@ -75,9 +76,7 @@ def generate(
     )  # fmt: skip
     if stream:
         return steps
-    new_tokens = input_ids[:, :0]
-    for new_tokens in steps:
-        pass
+    *_, new_tokens = [input_ids[:, :0], *steps]
     return torch.cat((input_ids, new_tokens), dim=1)
 
 

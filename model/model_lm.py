@@ -132,26 +132,28 @@ class MiniMindLM(nn.Module):
         self.layers = nn.ModuleList(MiniMindBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
-        for name, weight in self.named_parameters():
-            if name.endswith(("wo.weight", "w2.weight")):  # residual branches start smaller (GPT-2, section 2.3)
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layers))
+        self._init_weights()
         self.output.weight = self.tok_embeddings.weight
         rope = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rope", rope, persistent=False)
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+    def _init_weights(self) -> None:
+        """Start for training from nothing. Scales follow the width, so that attention is not flat at dim 128; embeddings
+        are large beside what the blocks add at first, so that a token's identity reaches every layer."""
+        scale = self.config.dim**-0.5
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                is_residual = name.endswith(("wo.weight", "w2.weight"))  # smaller, as in GPT-2, section 2.3
+                nn.init.normal_(weight, std=scale / math.sqrt(2 * self.config.n_layers) if is_residual else scale)
+        nn.init.normal_(self.tok_embeddings.weight, std=3 * scale)
 
     def run_layers(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: KVCache | None = None
     ) -> torch.Tensor:
         """float[B, T, dim] embeddings -> float[B, T, dim] final hidden states, ready for `output`.
 
-        `attention_mask` bool or int[B, S] has 0 at padding, S counting what the cache holds too. It is needed for left padding only:
-        right padding is never seen by a causal model.
+        `attention_mask` bool or int[B, S] has 0 at padding, S counting what the cache holds too. It is needed for left
+        padding only: right padding is never seen by a causal model.
         """
         past = cache.length if cache is not None else 0
         length = past + embeddings.shape[1]
@@ -171,7 +173,7 @@ class MiniMindLM(nn.Module):
 
 
 def _visible(past: int, length: int, attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """bool[B or 1, 1, T, S]: what each new position may look at. Every position sees at least itself (padding too: no NaN)."""
+    """bool[B or 1, 1, T, S]: what each new position may look at; at least itself, padding too, lest softmax give NaN."""
     positions = torch.arange(length, device=device)
     rows = positions[past:, None]  # (T, 1)
     visible = (positions <= rows)[None, None]  # (1, 1, T, S)

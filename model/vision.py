@@ -57,7 +57,9 @@ def load_vision_encoder(path: str | Path = VISION_MODEL_PATH) -> tuple[CLIPVisio
         raise UserError(f"cannot load the vision tower in {folder} ({reason}): fetch it again") from error
     missing = sorted(key for key in loading["missing_keys"] if not key.endswith("position_ids"))
     if missing:
-        raise UserError(f"the vision tower in {folder} lacks {len(missing)} weights, such as {missing[0]}: fetch it again")
+        raise UserError(
+            f"the vision tower in {folder} lacks {len(missing)} weights, such as {missing[0]}: fetch it again"
+        )
     return tower.requires_grad_(False).eval(), image_processor
 
 

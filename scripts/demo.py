@@ -21,13 +21,17 @@ from dataset.scene_text import QUESTION_TYPES
 
 STAND_INS = ROOT / "model" / "demo"
 OUT = ROOT / "out" / "demo"
-MODEL_SIZES = ["--dim", "128", "--n_layers", "6"]
 MODEL_FLAGS = [
-    *MODEL_SIZES, "--device", "cpu", "--tokenizer", str(STAND_INS / "tokenizer"), "--vision_model", str(STAND_INS / "vision_model"),
+    "--dim", "128", "--n_layers", "6", "--device", "cpu",
+    "--tokenizer", str(STAND_INS / "tokenizer"), "--vision_model", str(STAND_INS / "vision_model"),
 ]  # fmt: skip
 TRAIN_FLAGS = [*MODEL_FLAGS, "--dtype", "float32", "--out_dir", str(OUT), "--log_interval", "10"]
 ROWS = {"lm": 1280, "pretrain": 4000, "sft": 8000, "eval": 640}
-IMAGE_CHOICES = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}  # -> name in the report
+IMAGE_CHOICES = {
+    "right": "accuracy",
+    "wrong": "accuracy_wrong_image",
+    "none": "accuracy_no_image",
+}  # -> name in the report
 
 
 def run_stage(title: str, script: str, *flags: str) -> None:

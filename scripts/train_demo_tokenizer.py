@@ -39,7 +39,9 @@ def pieces() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("model/demo/tokenizer"), help="where the tokenizer is written")
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path("model/demo/tokenizer"), help="where the tokenizer is written"
+    )
     parser.add_argument("--vocab_size", type=int, default=800, help="most tokens it may have")
     args = parser.parse_args()
 

@@ -122,12 +122,18 @@ def accuracies(model: TaughtTower, processor: CLIPImageProcessorPil, n_scenes: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("model/demo/vision_model"), help="where the tower is written")
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path("model/demo/vision_model"), help="where the tower is written"
+    )
     parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=64, help="scenes in a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (warm-up, then cosine)")
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="highest learning rate (warm-up, then cosine)"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="seed of the weights and the scenes")
-    parser.add_argument("--eval_scenes", type=int, default=400, help="held-out scenes it is measured on every 200 steps")
+    parser.add_argument(
+        "--eval_scenes", type=int, default=400, help="held-out scenes it is measured on every 200 steps"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -41,15 +41,10 @@ def small_image_processor() -> CLIPImageProcessorPil:
 
 
 def small_model(seed: int = 0, vocab_size: int = 660, **sizes) -> MiniMindVLM:
-    """A model of 2 layers with weights large enough that attention and patches matter."""
+    """A model of 2 layers with random weights."""
     tower = small_tower(seed)
     sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=512) | sizes
-    model = MiniMindVLM(VLMConfig.for_tower(tower.config, vocab_size=vocab_size, **sizes), tower)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim > 1:
-                parameter.mul_(5)
-    return model.eval()
+    return MiniMindVLM(VLMConfig.for_tower(tower.config, vocab_size=vocab_size, **sizes), tower).eval()
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +59,9 @@ def model():
 
 @pytest.fixture(scope="session")
 def processor(tokenizer):
-    return VLMProcessor(tokenizer, small_image_processor(), VLMConfig.for_tower(small_tower().config, vocab_size=len(tokenizer)))
+    return VLMProcessor(
+        tokenizer, small_image_processor(), VLMConfig.for_tower(small_tower().config, vocab_size=len(tokenizer))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +94,12 @@ def rows_dir(tmp_path_factory) -> Path:
         for k, name in enumerate(names):
             picture(2 * index + k).save(folder / "images" / name)
         question = "<image>\n" * len(names) + "What color is the circle?" * (1 + index % 4)
-        row = {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": "red blue"[: 3 + index % 6]}]}
+        row = {
+            "conversations": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "red blue"[: 3 + index % 6]},
+            ]
+        }
         rows.append(row | ({"image": ", ".join(names)} if names else {}))
     write_rows(folder / "rows.jsonl", rows)
     return folder

@@ -30,9 +30,15 @@ def test_every_sample_once_in_an_epoch_over_all_ranks(lengths, batch_size, accum
 @given(LENGTHS)
 def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
     def steps(batch_size, accumulation_steps, world_size):
-        ranks = [list(LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1)) for rank in range(world_size)]
+        ranks = [
+            list(LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1))
+            for rank in range(world_size)
+        ]
         n = len(ranks[0]) // accumulation_steps
-        parts = [[batch for rank in ranks for batch in rank[i * accumulation_steps : (i + 1) * accumulation_steps]] for i in range(n)]
+        parts = [
+            [batch for rank in ranks for batch in rank[i * accumulation_steps : (i + 1) * accumulation_steps]]
+            for i in range(n)
+        ]
         return [sorted(index for batch in step for index in batch) for step in parts]
 
     assert steps(16, 1, 1) == steps(8, 1, 2) == steps(8, 2, 1) == steps(4, 2, 2)

@@ -18,7 +18,13 @@ def published_keys(n_layers: int) -> set[str]:
     """The key names of the early-2025 files, written out independently of the model."""
     parts = [f"attention.w{x}" for x in "qkvo"] + [f"feed_forward.w{x}" for x in "123"] + ["attention_norm", "ffn_norm"]
     keys = {f"layers.{layer}.{part}.weight" for layer in range(n_layers) for part in parts}
-    return keys | {"tok_embeddings.weight", "norm.weight", "output.weight", "vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
+    return keys | {
+        "tok_embeddings.weight",
+        "norm.weight",
+        "output.weight",
+        "vision_proj.vision_proj.0.weight",
+        "vision_proj.vision_proj.0.bias",
+    }
 
 
 def test_keys_are_the_published_ones():
@@ -32,7 +38,11 @@ def test_a_published_file_loads_with_its_buffers(tmp_path):
     source = small_model(seed=1)
     weights = {name: weight.half() for name, weight in weights_to_save(source).items()}
     weights |= {f"layers.{i}.attention.mask": torch.ones(1, 1, 8, 8) for i in range(2)}
-    weights |= {"mask": torch.ones(8, 8), "pos_cis": torch.ones(8, 4, dtype=torch.complex64), "vision_encoder.x": torch.ones(2)}
+    weights |= {
+        "mask": torch.ones(8, 8),
+        "pos_cis": torch.ones(8, 4, dtype=torch.complex64),
+        "vision_encoder.x": torch.ones(2),
+    }
     torch.save(weights, tmp_path / "sft_vlm_64.pth")
     model = small_model(seed=2)
     load_weights(model, read_weights(tmp_path / "sft_vlm_64.pth"), "file")

@@ -69,7 +69,10 @@ def test_a_damaged_picture_is_found_when_it_is_needed(folder, processor):
 
 
 def test_what_is_missing_is_named(folder, processor):
-    with pytest.raises(MissingFileError, match=r"no data at .*sft_vlm_data.jsonl: fetch sft_vlm_data.jsonl of jingyaogong/minimind-v_dataset"):
+    with pytest.raises(
+        MissingFileError,
+        match=r"no data at .*sft_vlm_data.jsonl: fetch sft_vlm_data.jsonl of jingyaogong/minimind-v_dataset",
+    ):
         VLMDataset(folder / "sft_vlm_data.jsonl", folder, processor, 100)
     path = write_rows(folder / "data.jsonl", [row("a.jpg")])
     with pytest.raises(UserError, match=r"1 image missing.*is missing or empty: fetch and unzip the images"):
@@ -84,17 +87,24 @@ def test_what_is_missing_is_named(folder, processor):
 def test_parquet_gives_what_json_lines_give(folder, processor):
     rows = [row("a.jpg"), row("a.jpg, b.jpg", "<image><image> What?"), row(None, "hello")]
     from_lines = read(folder, rows, processor)
-    images = [[(folder / "images" / name.strip()).read_bytes() for name in r["image"].split(",")] if "image" in r else [] for r in rows]
+    images = [
+        [(folder / "images" / name.strip()).read_bytes() for name in r["image"].split(",")] if "image" in r else []
+        for r in rows
+    ]
     texts = [json.dumps(r["conversations"]) for r in rows]
-    parquet.write_table(pa.table({"conversations": [*texts, "{"], "image_bytes": [*images, []]}), folder / "data.parquet")
+    parquet.write_table(
+        pa.table({"conversations": [*texts, "{"], "image_bytes": [*images, []]}), folder / "data.parquet"
+    )
     data = VLMDataset(folder / "data.parquet", None, processor, 200)
-    assert len(data) == 3 and dict(data.skipped) == {"no conversation": 1}
+    assert len(data) == 3 and dict(data.skipped) == {"not a JSON object": 1}
     for i in range(3):
         for name, tensor in from_lines[i].items():
             assert torch.equal(data[i][name], tensor)
     single = pa.table({"conversations": texts[:1], "image_bytes": [images[0][0]]})  # bytes instead of a list of bytes
     parquet.write_table(single, folder / "single.parquet")
-    assert torch.equal(VLMDataset(folder / "single.parquet", None, processor, 200)[0]["pixel_values"], data[0]["pixel_values"])
+    assert torch.equal(
+        VLMDataset(folder / "single.parquet", None, processor, 200)[0]["pixel_values"], data[0]["pixel_values"]
+    )
     (folder / "bad.parquet").write_bytes((folder / "data.parquet").read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
         VLMDataset(folder / "bad.parquet", None, processor, 200)

@@ -29,7 +29,18 @@ def setup(tower_dir, tmp_path_factory):
     (folder / "pictures/pair").mkdir(parents=True)
     for name in ("a.png", "b.png", "pair/0.png", "pair/1.png"):
         picture(len(name)).save(folder / "pictures" / name)
-    flags = ["--out_dir", folder, "--dim", "64", "--n_layers", "2", "--tokenizer", TOKENIZER, "--vision_model", tower_dir]
+    flags = [
+        "--out_dir",
+        folder,
+        "--dim",
+        "64",
+        "--n_layers",
+        "2",
+        "--tokenizer",
+        TOKENIZER,
+        "--vision_model",
+        tower_dir,
+    ]
     return folder, [*flags, "--device", "cpu", "--max_new_tokens", "8"]
 
 
@@ -37,7 +48,9 @@ def setup(tower_dir, tmp_path_factory):
 def test_every_picture_of_a_folder(setup, mode):
     folder, flags = setup
     (folder / "pictures/broken.jpg").write_bytes(b"nothing")
-    finished = run_script("eval_vlm.py", "--load", "0", "--model_mode", mode, *flags, "--images_dir", folder / "pictures")
+    finished = run_script(
+        "eval_vlm.py", "--load", "0", "--model_mode", mode, *flags, "--images_dir", folder / "pictures"
+    )
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("tokens/s, first token after") == 2
     assert "[a.png]" in finished.stdout and "skipped: image damaged" in finished.stdout
@@ -75,7 +88,9 @@ def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
     ]  # fmt: skip
     input_ids = processor.encode_prompt(turns, 2)
     tokens = model.generate(input_ids, processor.preprocess([picture(1), picture(2)]), temperature=0, max_new_tokens=6)
-    assert second == processor.tokenizer.decode(tokens[0, input_ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
+    assert second == processor.tokenizer.decode(tokens[0, input_ids.shape[1] :], skip_special_tokens=True).rstrip(
+        "\ufffd"
+    )
     assert len(chat.turns) == 4 and len(chat.images) == 2
 
 
@@ -102,7 +117,12 @@ def test_exact_answers_look_at_words_only():
     def question(given, answer, type="color"):
         return Question([], [], answer, type, given)
 
-    questions = [question("Red.", "red"), question(" 红色。", "红色"), question("red circle", "red"), question("2", "2", "count")]
+    questions = [
+        question("Red.", "red"),
+        question(" 红色。", "红色"),
+        question("red circle", "red"),
+        question("2", "2", "count"),
+    ]
     assert accuracy(questions) == {"overall": 0.75, "color": 2 / 3, "count": 1.0}
 
 
@@ -110,7 +130,9 @@ def test_wrong_images_are_anothers_and_as_many():
     images = [["a"], ["b"], ["c", "d"], ["e"], ["f", "g"], []]
     shuffled = _shuffle_images(images, seed=0)
     assert [len(group) for group in shuffled] == [len(group) for group in images]
-    assert all(new != old for new, old in zip(shuffled[:5], images[:5])) and sorted(map(str, shuffled)) == sorted(map(str, images))
+    assert all(new != old for new, old in zip(shuffled[:5], images[:5])) and sorted(map(str, shuffled)) == sorted(
+        map(str, images)
+    )
 
 
 def test_load_1_reads_a_transformers_directory(setup, tower_dir, tokenizer, tmp_path):
@@ -121,8 +143,9 @@ def test_load_1_reads_a_transformers_directory(setup, tower_dir, tokenizer, tmp_
     published = tmp_path / "MiniMind2-V"  # own key names, a config of its own type, code that must not run
     published.mkdir()
     torch.save(weights_to_save(model), published / "pytorch_model.bin")
-    (published / "config.json").write_text(json.dumps({"model_type": "minimind-v", "auto_map": {"AutoConfig": "x.Evil"}, "dim": 64,
-                                                       "n_layers": 2, "n_heads": 8, "vocab_size": 660, "max_seq_len": 512}))  # fmt: skip
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 660, "max_seq_len": 512}
+    config = {"model_type": "minimind-v", "auto_map": {"AutoConfig": "evil.Config"}} | sizes
+    (published / "config.json").write_text(json.dumps(config))
     ask = ["--image", folder / "pictures/a.png", "--prompt", "What?", "--temperature", "0"]
     answers = [run_script("eval_vlm.py", *flags, *ask).stdout.splitlines()[2]]
     for directory in (tmp_path / "llava", published):
@@ -148,13 +171,21 @@ def test_mistakes_cost_one_line(setup, changes, message):
 
 
 def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
-    folder, flags = setup
+    _, flags = setup
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = [str(flag) for flag in flags if flag not in ("--max_new_tokens", "8")]
     command = [sys.executable, "web_demo_vlm.py", "--port", str(port), *flags]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    server = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     try:
         for _ in range(300):
             try:
@@ -176,7 +207,7 @@ def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
 def test_the_web_page_answers_and_shows_errors(setup):
     from streamlit.testing.v1 import AppTest
 
-    folder, flags = setup
+    _, flags = setup
     flags = [str(flag) for flag in flags if flag not in ("--max_new_tokens", "8")]
     script = "import sys\nsys.argv = {argv!r}\nimport web_demo_vlm\nweb_demo_vlm.page(web_demo_vlm.parse_args())\n"
     page = AppTest.from_string(script.format(argv=["web_demo_vlm.py", *flags]), default_timeout=60).run()
@@ -186,5 +217,7 @@ def test_the_web_page_answers_and_shows_errors(setup):
     assert not page.exception and [message.name for message in page.chat_message] == ["user", "assistant"]
     page.chat_input[0].set_value("And now?").run()
     assert [message.name for message in page.chat_message] == ["user", "assistant"] * 2, "the conversation goes on"
-    broken = AppTest.from_string(script.format(argv=["web_demo_vlm.py", *flags, "--dim", "128"]), default_timeout=60).run()
+    broken = AppTest.from_string(
+        script.format(argv=["web_demo_vlm.py", *flags, "--dim", "128"]), default_timeout=60
+    ).run()
     assert "no weights at" in broken.error[0].value

@@ -16,7 +16,9 @@ from model.vision import load_vision_encoder, patch_features
 from trainer.setup import choose_learned
 
 
-@pytest.mark.parametrize(("dim", "n_layers", "hidden_dim", "n_parameters"), [(512, 8, 1408, 25_829_888), (768, 16, 2048, 104_030_976)])
+@pytest.mark.parametrize(
+    ("dim", "n_layers", "hidden_dim", "n_parameters"), [(512, 8, 1408, 25_829_888), (768, 16, 2048, 104_030_976)]
+)
 def test_published_sizes(dim, n_layers, hidden_dim, n_parameters):
     config = LMConfig(dim=dim, n_layers=n_layers)
     with torch.device("meta"):
@@ -58,9 +60,13 @@ def test_a_larger_tower_works_by_configuration(tokenizer):
     tower = CLIPVisionModel(config)
     model = MiniMindVLM(VLMConfig.for_tower(tower.config, dim=64, n_layers=1, n_heads=4, vocab_size=660), tower)
     size = {"height": 336, "width": 336}
-    processor = VLMProcessor(tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size), model.config)
+    processor = VLMProcessor(
+        tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size), model.config
+    )
     sample = processor.encode(
-        [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "red"}], [picture()], max_length=700
+        [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "red"}],
+        [picture()],
+        max_length=700,
     )
     assert int((sample["input_ids"] == 34).sum()) == 576
     assert model(sample["input_ids"][None], sample["pixel_values"], sample["labels"][None]).loss > 0
@@ -71,7 +77,9 @@ def whole_clip(tmp_path):
     """A CLIP with both halves, as openai/clip-vit-base-patch16 is, in the sub-folder people download it to."""
     vision = small_tower().config.to_dict()
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100)
-    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=CLIPTextConfig(**text).to_dict(), projection_dim=16)).eval()
+    clip = CLIPModel(
+        CLIPConfig(vision_config=vision, text_config=CLIPTextConfig(**text).to_dict(), projection_dim=16)
+    ).eval()
     folder = tmp_path / "clip-vit-base-patch16"
     clip.save_pretrained(folder)
     small_image_processor().save_pretrained(folder)
@@ -93,7 +101,9 @@ def test_only_the_vision_half_of_clip_is_loaded_frozen(whole_clip, capfd):
 
 
 def test_missing_or_broken_clip_says_what_to_do(tmp_path, whole_clip):
-    with pytest.raises(MissingFileError, match=r"huggingface-cli download openai/clip-vit-base-patch16 .*--vision_model"):
+    with pytest.raises(
+        MissingFileError, match=r"huggingface-cli download openai/clip-vit-base-patch16 .*--vision_model"
+    ):
         load_vision_encoder(tmp_path / "nothing")
     folder, _ = whole_clip
     weights = folder / "clip-vit-base-patch16/model.safetensors"
@@ -107,7 +117,9 @@ def test_the_tower_stays_in_eval_mode():
     assert model.training and not model.vision_encoder.training
 
 
-@pytest.mark.parametrize("image", [picture(1, (640, 480)), picture(2, (120, 300)), picture(3, (224, 224)), picture(4, (64, 64)).convert("L")])
+@pytest.mark.parametrize(
+    "image", [picture(1, (640, 480)), picture(2, (120, 300)), picture(3, (224, 224)), picture(4, (64, 64)).convert("L")]
+)
 def test_preprocessing_is_clips(tokenizer, image):
     ours = VLMProcessor(tokenizer, CLIPImageProcessorPil(), VLMConfig()).preprocess([image])[0]
     scale = 224 / min(image.size)  # the definition, step by step

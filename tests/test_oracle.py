@@ -182,7 +182,9 @@ def test_transformers_directory_comes_back_equal(model, llava, tmp_path):
     small_image_processor().save_pretrained(tmp_path)
     again, _ = load_transformers_directory(tmp_path, "nowhere")
     input_ids, _, pixel_values = oracle_inputs(model, ROWS["one image"])
-    torch.testing.assert_close(again(input_ids, pixel_values).logits, model(input_ids, pixel_values).logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        again(input_ids, pixel_values).logits, model(input_ids, pixel_values).logits, atol=1e-6, rtol=0
+    )
 
 
 def test_another_llava_is_refused():

@@ -64,7 +64,9 @@ def test_ids_are_those_of_the_published_tokenizer(conversations):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=4), st.lists(TEXT, min_size=0, max_size=3))
+@given(
+    st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=4), st.lists(TEXT, min_size=0, max_size=3)
+)
 def test_labels_are_the_answers_and_their_end(processor, tokenizer, pairs, tagged):
     """Whatever the texts hold (quotes, '@', special tokens, half-words): learned = answer tokens + </s>, images = tags."""
     contents = [text for pair in pairs for text in pair]
@@ -132,7 +134,10 @@ def test_roles_may_be_missing_and_a_system_turn_may_lead(processor, tokenizer):
 
 def test_surplus_tags_are_dropped_and_missing_ones_refused():
     turns = [("user", "Source: <image> Target: <image> What?<image>"), ("assistant", "say <image>")]
-    assert match_image_tags(turns, 2) == ([("user", "Source: <image> Target: <image> What?"), ("assistant", "say <image>")], 1)
+    assert match_image_tags(turns, 2) == (
+        [("user", "Source: <image> Target: <image> What?"), ("assistant", "say <image>")],
+        1,
+    )
     assert match_image_tags(turns, 0)[1] == 3
     with pytest.raises(BadSampleError, match="fewer <image> than images: 3 for 4"):
         match_image_tags(turns, 4)
@@ -140,7 +145,11 @@ def test_surplus_tags_are_dropped_and_missing_ones_refused():
 
 def encode_picture(mode: str, format: str, **options) -> io.BytesIO:
     file = io.BytesIO()
-    image = picture(5).convert(mode) if mode != "I;16" else Image.fromarray(np.linspace(0, 65535, 64 * 56).reshape(56, 64).astype(np.uint16))
+    image = (
+        picture(5).convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(np.linspace(0, 65535, 64 * 56).reshape(56, 64).astype(np.uint16))
+    )
     image.save(file, format, **options)
     file.seek(0)
     return file
@@ -148,7 +157,17 @@ def encode_picture(mode: str, format: str, **options) -> io.BytesIO:
 
 @pytest.mark.parametrize(
     ("mode", "format"),
-    [("CMYK", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("LA", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("L", "JPEG"), ("I;16", "PNG"), ("I;16", "TIFF")],
+    [
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("1", "PNG"),
+        ("L", "JPEG"),
+        ("I;16", "PNG"),
+        ("I;16", "TIFF"),
+    ],
 )
 def test_every_kind_of_picture_becomes_rgb(mode, format):
     image = load_image(encode_picture(mode, format))
@@ -169,6 +188,7 @@ def test_animations_give_their_first_frame_and_photos_stand_upright():
 
 def huge_png() -> bytes:
     """A few bytes that claim 60,000 x 60,000 pixels."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 

@@ -29,7 +29,16 @@ def place(tmp_path_factory):
 
 
 def test_pretraining_sft_and_evaluation_on_photographs(place):
-    sizes = ["--dim", "64", "--n_layers", "2", "--tokenizer", SHARED / "minimind_tokenizer", "--vision_model", place / "clip"]
+    sizes = [
+        "--dim",
+        "64",
+        "--n_layers",
+        "2",
+        "--tokenizer",
+        SHARED / "minimind_tokenizer",
+        "--vision_model",
+        place / "clip",
+    ]
     train = [*sizes, "--images_path", place / "pretrain_images", "--out_dir", place, "--epochs", "1", "--batch_size", "4",
              "--log_interval", "1", "--device", "cpu"]  # fmt: skip
     many_threads = {"OMP_NUM_THREADS": "2"}
@@ -51,7 +60,9 @@ def test_pretraining_sft_and_evaluation_on_photographs(place):
     evaluate = ["eval_vlm.py", *sizes, "--out_dir", place, "--device", "cpu", "--max_new_tokens", "4"]
     finished = run_script(*evaluate, "--images_dir", SHARED / "eval_images", env=many_threads)
     assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 8 and "Panda" in finished.stdout
-    finished = run_script(*evaluate, "--model_mode", "2", "--images_dir", SHARED / "eval_multi_images", env=many_threads)
+    finished = run_script(
+        *evaluate, "--model_mode", "2", "--images_dir", SHARED / "eval_multi_images", env=many_threads
+    )
     assert finished.returncode == 0 and "[0.jpg, 1.jpg]" in finished.stdout
     finished = run_script(
         *evaluate, "--data", place / "sft_vlm_data.jsonl", "--images_path", place / "pretrain_images", env=many_threads

@@ -32,7 +32,11 @@ def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
     train, held_out = set(combinations(False)), set(combinations(True))
     assert not train & held_out and len(train) == 108 and len(held_out) == 36
     for side in (train, held_out):
-        assert {c for c, _, _ in side} == set(COLORS) and {s for _, s, _ in side} == set(SHAPES) and {z for *_, z in side} == set(SIZES)
+        assert (
+            {c for c, _, _ in side} == set(COLORS)
+            and {s for _, s, _ in side} == set(SHAPES)
+            and {z for *_, z in side} == set(SIZES)
+        )
     pairs = Counter((color, shape) for color, shape, _ in train)
     assert len(pairs) == 48 and min(pairs.values()) >= 2, "every colour-shape pair keeps two sizes in training"
 
@@ -95,10 +99,14 @@ def test_answers_follow_from_the_description_alone(seed, language):
         if question_type == "relation":
             a, b = (next(t for t in things if (t["color"], t["shape"]) == pair) for pair in zip(colors, shapes))
             right, down = int(a["column"]) - int(b["column"]), int(a["row"]) - int(b["row"])
-            assert answer == (("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above"))
+            assert answer == (
+                ("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above")
+            )
             continue
         fitting = [t for t in things if t["color"] in (colors or COLORS) and t["shape"] in (shapes or SHAPES)]
-        assert answer == str(len(fitting)) if question_type == "count" else [answer] == [t[question_type] for t in fitting]
+        assert (
+            answer == str(len(fitting)) if question_type == "count" else [answer] == [t[question_type] for t in fitting]
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -123,7 +131,11 @@ def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
     assert Counter(row["type"] for row in rows) == dict.fromkeys(QUESTION_TYPES, 4)
     for row in rows:
         images = row["image"].split(", ")
-        assert len(images) == (2 if row["type"] in PAIR_TYPES else 1) == row["conversations"][0]["content"].count("<image>")
+        assert (
+            len(images)
+            == (2 if row["type"] in PAIR_TYPES else 1)
+            == row["conversations"][0]["content"].count("<image>")
+        )
         assert all((tmp_path / "a/eval_images" / name).is_file() for name in images)
     text_rows = (tmp_path / "a/lm_data.jsonl").read_text()
     assert "<image>" not in text_rows and '"image"' not in text_rows
@@ -156,7 +168,15 @@ def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
     assert sum(path.stat().st_size for path in stand_ins) <= 8e6
     for folder in ("a", "b"):
         finished = run_script(
-            "scripts/train_demo_tower.py", "--steps", "3", "--batch_size", "4", "--eval_scenes", "4", "--out_dir", tmp_path / folder
+            "scripts/train_demo_tower.py",
+            "--steps",
+            "3",
+            "--batch_size",
+            "4",
+            "--eval_scenes",
+            "4",
+            "--out_dir",
+            tmp_path / folder,
         )
         assert finished.returncode == 0, finished.stdout
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

@@ -38,7 +38,9 @@ def test_evaluation_and_web_need_no_trainer():
 
 
 def test_files_stay_short():
-    too_long = {p.name: n for p in ROOT.rglob("*.py") if ".venv" not in p.parts and (n := len(p.read_text().splitlines())) > 320}
+    too_long = {
+        p.name: n for p in ROOT.rglob("*.py") if ".venv" not in p.parts and (n := len(p.read_text().splitlines())) > 320
+    }
     assert not too_long
 
 

@@ -63,7 +63,9 @@ def assert_same_run(first, second):
 
 
 def test_accumulation_gives_the_same_curve(one_process, flags, tmp_path):
-    finished = run_script("train_sft_vlm.py", *flags, "--batch_size", "2", "--accumulation_steps", "4", "--out_dir", tmp_path)
+    finished = run_script(
+        "train_sft_vlm.py", *flags, "--batch_size", "2", "--accumulation_steps", "4", "--out_dir", tmp_path
+    )
     assert finished.returncode == 0, finished.stdout
     assert_same_run(one_process[0], tmp_path)
 
@@ -71,7 +73,17 @@ def test_accumulation_gives_the_same_curve(one_process, flags, tmp_path):
 def test_two_processes_give_the_same_curve(one_process, flags, tmp_path):
     """Text-only and image rows fall on different ranks, and counts of label tokens differ between them."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    script = ["train_sft_vlm.py", *flags, "--batch_size", "2", "--accumulation_steps", "2", "--ddp", "--out_dir", tmp_path]
+    script = [
+        "train_sft_vlm.py",
+        *flags,
+        "--batch_size",
+        "2",
+        "--accumulation_steps",
+        "2",
+        "--ddp",
+        "--out_dir",
+        tmp_path,
+    ]
     finished = run_script(*launch, *script)
     assert finished.returncode == 0, finished.stdout
     assert_same_run(one_process[0], tmp_path)
@@ -137,7 +149,12 @@ def test_validation_loss_and_offline_wandb(one_process, flags, rows_dir, tmp_pat
 def test_an_interrupted_run_saves_and_says_where(flags, tmp_path, number):
     command = [sys.executable, "train_sft_vlm.py", *flags, "--epochs", "100000", "--out_dir", str(tmp_path)]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     log = tmp_path / "sft_vlm_64.log.jsonl"
     deadline = time.monotonic() + 120
@@ -167,7 +184,10 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
         "--out_dir", tmp_path, "--epochs", "1", "--batch_size", "1", "--num_workers", "2",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout
-    assert "left out: 1 rows: no conversation" in finished.stdout and "skipped while training: 4 image damaged" in finished.stdout
+    assert (
+        "left out: 1 rows: no conversation" in finished.stdout
+        and "skipped while training: 4 image damaged" in finished.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +223,9 @@ def test_a_batch_that_does_not_fit_names_the_flag(flags, tmp_path):
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    rows = [{"conversations": [{"content": "large red circle; " * 400}, {"content": "red blue " * 400}]} for _ in range(64)]
+    rows = [
+        {"conversations": [{"content": "large red circle; " * 400}, {"content": "red blue " * 400}]} for _ in range(64)
+    ]
     write_rows(tmp_path / "rows.jsonl", rows)
     finished = run_script(
         "-c", code, "train_sft_vlm.py", *flags, "--data_path", tmp_path / "rows.jsonl", "--dim", "512", "--batch_size", "64",

@@ -11,15 +11,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from model.errors import BadSampleError
 from model.model_vlm import IGNORE_INDEX
 
-POOL = 64  # optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch
+POOL = (
+    64  # optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch
+)
 
 
 class LengthBatches(Sampler[list[int]]):
     """Shuffled batches of similar length, the same samples in each optimizer step however the step is cut up.
 
-    An optimizer step takes world_size * accumulation_steps * batch_size samples; which ones depends on seed and epoch only. Each rank
-    yields its accumulation_steps batches of every step; no sample is left out or repeated. In the last step, batches may
-    be short or empty.
+    An optimizer step takes world_size * accumulation_steps * batch_size samples; which ones depends on seed and epoch
+    only. Each rank yields its accumulation_steps batches of every step; no sample is left out or repeated. In the last
+    step, batches may be short or empty.
     """
 
     def __init__(

@@ -22,11 +22,15 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
 
     sizes = LMConfig()
     group = parser.add_argument_group("model")
-    group.add_argument("--dim", type=int, default=sizes.dim, help="width of the language model: 512, or 768 with --n_layers 16")
+    group.add_argument(
+        "--dim", type=int, default=sizes.dim, help="width of the language model: 512, or 768 with --n_layers 16"
+    )
     group.add_argument("--n_layers", type=int, default=sizes.n_layers, help="its layers")
     group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
     group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
-    group.add_argument("--init_weights", help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random")
+    group.add_argument(
+        "--init_weights", help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random"
+    )
 
     group = parser.add_argument_group("learning")
     group.add_argument("--epochs", type=int, help="passes over the data")
@@ -40,15 +44,21 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
 
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default=None, help="cuda:0, cpu, … (the GPU where there is one)")
-    group.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 where the device has it")
-    group.add_argument("--ddp", action="store_true", help="refuse to start outside torchrun (under it, DDP is always on)")
+    group.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 where the device has it"
+    )
+    group.add_argument(
+        "--ddp", action="store_true", help="refuse to start outside torchrun (under it, DDP is always on)"
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument("--out_dir", default="out", help="folder of weights, logs and curves")
     group.add_argument("--save_name", help="weights go to OUT_DIR/SAVE_NAME_DIM.pth")
     group.add_argument("--log_interval", type=int, help="steps between log lines")
     group.add_argument("--save_interval", type=int, help="steps between saves")
-    group.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline needs no account)")
+    group.add_argument(
+        "--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline needs no account)"
+    )
     group.add_argument("--wandb_project", default="MiniMind-V", help="its project")
 
     parser.set_defaults(**defaults)

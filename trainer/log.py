@@ -20,7 +20,9 @@ class RunLog:
         self.train_points: list[tuple[int, float]] = []
         self.val_points: list[tuple[int, float]] = []
         self.start_time = time.perf_counter()
-        self.progress = tqdm(total=total_steps, desc=path.name.removesuffix(".log.jsonl"), unit="step", disable=not is_main)
+        self.progress = tqdm(
+            total=total_steps, desc=path.name.removesuffix(".log.jsonl"), unit="step", disable=not is_main
+        )
         if not is_main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,9 @@ class RunLog:
             self.wandb = wandb.init(project=args.wandb_project, name=name, config=vars(args), dir=args.out_dir)
         except (wandb.Error, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--use_wandb cannot start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from error
+            raise UserError(
+                f"--use_wandb cannot start ({reason}): run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def step(self, loss: float) -> None:
         """One optimizer step is done."""
@@ -77,7 +81,9 @@ class RunLog:
             return
         self.file.close()
         if self.train_points:
-            draw_curve(self.path.with_name(self.path.name.replace(".log.jsonl", ".png")), self.train_points, self.val_points)
+            draw_curve(
+                self.path.with_name(self.path.name.replace(".log.jsonl", ".png")), self.train_points, self.val_points
+            )
         if self.wandb:
             self.wandb.finish()
 

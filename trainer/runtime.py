@@ -75,7 +75,9 @@ def start_runtime(args) -> Runtime:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     dtype, reason = _choose_dtype(args.dtype, device)
     runtime = Runtime(device, dtype, rank, world_size)
-    runtime.say(f"device: {device} x {world_size}; numbers: {str(dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}")
+    runtime.say(
+        f"device: {device} x {world_size}; numbers: {str(dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}"
+    )
     seed_everything(args.seed)
     return runtime
 
@@ -90,7 +92,9 @@ def _choose_device(wanted: str | None) -> torch.device:
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {wanted} but PyTorch sees no GPU here: pass --device cpu, or install a CUDA build of PyTorch")
+        raise UserError(
+            f"--device {wanted} but PyTorch sees no GPU here: pass --device cpu, or install a CUDA build of PyTorch"
+        )
     if wanted == "cuda" or (wanted.startswith("cuda") and "LOCAL_RANK" in os.environ):
         wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
