@@ -61,10 +61,11 @@ def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         raise BadSampleError("image damaged", f"{source} ({error})") from error
 
 
-def check_conversation(conversations: list[dict]) -> list[tuple[str, str]]:
+def check_conversation(conversations: list[dict], blank_answers: bool = False) -> list[tuple[str, str]]:
     """[(role, content)] with user and assistant in turn, after at most one system turn. BadSampleError says what is wrong.
 
     Roles may be missing: user and assistant alternate then. A last user turn without an answer is kept.
+    `blank_answers` are refused as training data, but a model may well have given one earlier in a chat.
     """
     if not isinstance(conversations, list) or not conversations:
         raise BadSampleError("no conversation")
@@ -79,7 +80,7 @@ def check_conversation(conversations: list[dict]) -> list[tuple[str, str]]:
             continue
         if role != expected:
             raise BadSampleError("wrong roles", f"turn {index} is by {role!r}, expected {expected!r}")
-        if role == "assistant" and not turn["content"].strip():
+        if role == "assistant" and not blank_answers and not turn["content"].strip():
             raise BadSampleError("empty answer", f"turn {index}")
         turns.append((role, turn["content"]))
         expected = _OTHER_ROLE[role]
@@ -134,7 +135,7 @@ class VLMProcessor:
 
     def encode_prompt(self, conversations: list[dict], n_images: int) -> torch.Tensor:
         """int64[1, T]: a dialogue that ends with a question, ready for `generate`. Surplus `<image>` tags are dropped."""
-        turns, _ = match_image_tags(check_conversation(conversations), n_images)
+        turns, _ = match_image_tags(check_conversation(conversations, blank_answers=True), n_images)
         input_ids, _ = self._encode_turns(turns)
         return torch.tensor([input_ids + self._format_tokens("<s>assistant\n")])
 

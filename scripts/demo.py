@@ -77,7 +77,7 @@ def evaluate(data: Path) -> dict[str, dict]:
 
 def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> None:
     print("\nExact answers on held-out scenes, % of questions\n")
-    print(f"{'':14}" + "".join(f"{images + ' image':>13}" for images in IMAGE_CHOICES))
+    print(f"{'':14}" + "".join(f"{heading:>13}" for heading in ("right image", "wrong image", "no image")))
     for name in (*QUESTION_TYPES, "overall"):
         print(f"{name:14}" + "".join(f"{100 * report[key][name]:13.1f}" for key in IMAGE_CHOICES.values()))
     print("\nSome answers (right image):\n")

@@ -55,7 +55,7 @@ def test_pretraining_sft_and_evaluation_on_photographs(place):
     for name in ("pretrain_vlm", "sft_vlm", "sft_vlm_multi"):
         assert read_weights(place / f"{name}_64.pth")
         records = [json.loads(line) for line in (place / f"{name}_64.log.jsonl").read_text().splitlines()]
-        assert all(0 < record["loss"] < 12 for record in records if record["event"] == "train")
+        assert all(0 < record["loss"] < 20 for record in records if record["event"] == "train")
 
     evaluate = ["eval_vlm.py", *sizes, "--out_dir", place, "--device", "cpu", "--max_new_tokens", "4"]
     finished = run_script(*evaluate, "--images_dir", SHARED / "eval_images", env=many_threads)

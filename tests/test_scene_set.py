@@ -64,7 +64,7 @@ def test_things_are_inside_and_apart(seed, held_out):
     assert 1 <= len(scene.things) <= MAX_THINGS
     assert len({thing.patch for thing in scene.things}) == len(scene.things)
     for thing in scene.things:
-        assert SIZES[thing.size] < min(thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y)
+        assert SIZES[thing.size] - 2 <= min(thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y)
     picture = np.asarray(draw_scene(scene)).astype(int)
     assert picture.shape == (224, 224, 3) and np.array_equal(picture, np.asarray(draw_scene(scene)))
     for thing in scene.things:

@@ -71,7 +71,7 @@ class RunLog:
 
     def _write(self, **record) -> None:
         record["seconds"] = round(time.perf_counter() - self.start_time, 2)
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         if self.wandb and "step" in record:
             self.wandb.log({name: value for name, value in record.items() if isinstance(value, (int, float))})
 

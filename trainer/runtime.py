@@ -109,7 +109,7 @@ def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bfloat16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        has_bfloat16 = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # AVX-512 bf16 is slower than fp32
     if has_bfloat16:
         return torch.bfloat16, "weights stay float32"
-    return torch.float32, "the device has no fast bfloat16"
+    return torch.float32, "bfloat16 is not faster here"
