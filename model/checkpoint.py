@@ -71,7 +71,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(
-            f"no weights at {path}: train them first, or fetch them with `huggingface-cli download {PUBLISHED} "
+            f"no weights at {path}: train them first, or fetch them with `hf download {PUBLISHED} "
             f"--local-dir {path.parent}`"
         )
     try:

@@ -173,7 +173,7 @@ def load_transformers_directory(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise MissingFileError(
-            f"no transformers directory at {folder}: fetch it with `huggingface-cli download jingyaogong/MiniMind2-V "
+            f"no transformers directory at {folder}: fetch it with `hf download jingyaogong/MiniMind2-V "
             f"--local-dir {folder}`"
         )
     sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))

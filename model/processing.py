@@ -25,7 +25,7 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
     """The tokenizer in `path`; UserError unless it has the ids the model counts on (0 pad, 1 <s>, 2 </s>, 34 '@')."""
     if not (Path(path) / "tokenizer.json").is_file():
         raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `huggingface-cli download jingyaogong/MiniMind2-V tokenizer.json "
+            f"no tokenizer in {path}: fetch it with `hf download jingyaogong/MiniMind2-V tokenizer.json "
             f"tokenizer_config.json --local-dir {TOKENIZER_PATH}`"
         )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -221,7 +221,7 @@ def picture_bytes(size: tuple[int, int]) -> bytes:
 
 
 def test_missing_or_foreign_tokenizer(tmp_path, tokenizer):
-    with pytest.raises(MissingFileError, match="no tokenizer in .*huggingface-cli download"):
+    with pytest.raises(MissingFileError, match="no tokenizer in .*hf download"):
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     content = (tmp_path / "tokenizer.json").read_text().replace('"@":34', '"@":35').replace('"@": 34', '"@": 35')
