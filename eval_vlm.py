@@ -18,10 +18,8 @@ from model.evaluation import IMAGE_CHOICES, accuracy, answer_questions, collect_
 from model.pretrained import add_model_flags, add_sampling_flags, load_vlm
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PROMPTS = {
-    1: "描述一下这个图像的内容。",
-    2: "比较一下两张图像的异同点。",
-}  # for one picture and for several, as published
+# The published questions, for one picture and for several.
+PROMPTS = {1: "描述一下这个图像的内容。", 2: "比较一下两张图像的异同点。"}
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from model.model_vlm import IGNORE_INDEX, MiniMindVLM
-from model.processing import BadSampleError, VLMProcessor, check_conversation
+from model.model_vlm import MiniMindVLM
+from model.processing import BadSampleError, VLMProcessor, check_conversation, count_labels
 
 IMAGE_CHOICES = ("right", "wrong", "none")
 
@@ -127,7 +127,7 @@ def mean_loss(model: MiniMindVLM, dataset) -> tuple[float, int]:
             n_bad += 1
             continue
         labels = sample["labels"][None]
-        count = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        count = count_labels(labels)
         loss = model(sample["input_ids"][None], sample["pixel_values"], labels, return_logits=False).loss
         loss_sum, n_labels = loss_sum + float(loss) * count, n_labels + count
     return loss_sum / max(n_labels, 1), n_bad

@@ -10,9 +10,8 @@ from transformers import CLIPVisionModel
 from model.generation import generate
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache, MiniMindLM
+from model.processing import IGNORE_INDEX
 from model.vision import patch_features
-
-IGNORE_INDEX = -100  # label of a token that is not learned
 
 
 class VLMOutput(NamedTuple):

@@ -14,7 +14,7 @@ from model.LMConfig import PLACEHOLDER, VLMConfig
 
 TOKENIZER_PATH = "model/minimind_tokenizer"
 IMAGE_TAG = "<image>"
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # label of a token that is not learned
 MAX_PIXELS = 89_000_000  # 270 MB once decoded; a little under where Pillow begins to warn
 MAX_ASPECT = 50  # a thinner picture would be scaled to hundreds of megabytes before the centre is cut out
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # load_image makes it a reason
@@ -87,6 +87,11 @@ def check_conversation(conversations: list[dict], blank_answers: bool = False) -
     return turns
 
 
+def count_labels(labels: torch.Tensor) -> int:
+    """Label tokens of int64[…, T] that a loss is a mean over: the first of a row has nothing before it."""
+    return int((labels[..., 1:] != IGNORE_INDEX).sum())
+
+
 def match_image_tags(turns: list[tuple[str, str]], n_images: int) -> tuple[list[tuple[str, str]], int]:
     """(turns, surplus): `<image>` tags beyond the number of images are dropped, as the published multi-image set needs.
 
@@ -129,7 +134,7 @@ class VLMProcessor:
         input_ids, labels = self._encode_turns(turns)
         length, n_images = self._cut(input_ids, max_length)
         input_ids, labels = torch.tensor(input_ids[:length]), torch.tensor(labels[:length])
-        if not (labels[1:] != IGNORE_INDEX).any():
+        if not count_labels(labels):
             raise BadSampleError("no answer within max_length", f"{max_length} tokens")
         return {"input_ids": input_ids, "labels": labels, "pixel_values": self.preprocess(images[:n_images])}
 

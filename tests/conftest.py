@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,18 @@ def run_script(*command: str, **options) -> subprocess.CompletedProcess:
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, timeout=240, **options,
     )  # fmt: skip
+
+
+def start_script(*command: str, **options) -> subprocess.Popen:
+    """Start a script of the repository and leave it running, for signals and requests."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

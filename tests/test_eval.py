@@ -2,15 +2,12 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, picture, run_script, small_image_processor, small_model
+from conftest import TOKENIZER, free_port, picture, run_script, small_image_processor, small_model, start_script
 
 from model.chat import Chat
 from model.checkpoint import save_atomically, weights_to_save
@@ -172,20 +169,9 @@ def test_mistakes_cost_one_line(setup, changes, message):
 
 def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
     _, flags = setup
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = [str(flag) for flag in flags if flag not in ("--max_new_tokens", "8")]
-    command = [sys.executable, "web_demo_vlm.py", "--port", str(port), *flags]
-    server = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    server = start_script("web_demo_vlm.py", "--port", port, *flags, start_new_session=True)
     try:
         for _ in range(300):
             try:

@@ -1,16 +1,12 @@
 """The training scripts as processes: the same curve however it is spread, nothing frozen moves, nothing is lost."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, picture, run_script, write_rows
+from conftest import TOKENIZER, free_port, picture, run_script, start_script, write_rows
 
 from model.checkpoint import read_weights
 
@@ -30,12 +26,6 @@ def flags(tower_dir, rows_dir):
 def losses(out_dir, name: str = "sft_vlm_64") -> list[float]:
     lines = [json.loads(line) for line in (out_dir / f"{name}.log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["event"] == "train"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +137,7 @@ def test_validation_loss_and_offline_wandb(one_process, flags, rows_dir, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_and_says_where(flags, tmp_path, number):
-    command = [sys.executable, "train_sft_vlm.py", *flags, "--epochs", "100000", "--out_dir", str(tmp_path)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = start_script("train_sft_vlm.py", *flags, "--epochs", "100000", "--out_dir", tmp_path)
     log = tmp_path / "sft_vlm_64.log.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.is_file() and '"train"' in log.read_text()):

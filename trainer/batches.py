@@ -1,5 +1,6 @@
 """Which samples come together, and how they become tensors."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.errors import BadSampleError
-from model.model_vlm import IGNORE_INDEX
+from model.processing import IGNORE_INDEX, count_labels
 
-POOL = (
-    64  # optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch
-)
+# Optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch.
+POOL = 64
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -76,8 +76,8 @@ class Batch:
 
     @property
     def n_labels(self) -> int:
-        """Label tokens that the loss is a mean over (the first token of a row has nothing before it)."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+        """Label tokens that the loss is a mean over."""
+        return count_labels(self.labels)
 
     def to(self, device: torch.device) -> "Batch":
         pixel_values = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
@@ -134,8 +134,6 @@ def make_loader(dataset: Dataset, batches: LengthBatches, num_workers: int, pin_
 
 def _leave_signals_to_main(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the loader's workers go on until the main process has saved."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
