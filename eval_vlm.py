@@ -13,7 +13,7 @@ from pathlib import Path
 from dataset.vlm_dataset import VLMDataset
 from model.chat import Chat
 from model.checkpoint import save_text
-from model.errors import BadSampleError, MissingFileError, UserError, run_command
+from model.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
 from model.evaluation import IMAGE_CHOICES, accuracy, answer_questions, collect_questions, mean_loss
 from model.pretrained import add_model_flags, add_sampling_flags, load_vlm
 
@@ -122,7 +122,7 @@ def converse(args: argparse.Namespace, chat: Chat) -> None:
 def measure(args: argparse.Namespace, model, processor) -> None:
     dataset = VLMDataset(args.data, args.images_path, processor, args.max_seq_len)
     if dataset.skipped:
-        print(f"left out: {dataset.describe_skipped()}")
+        print(f"left out: {list_reasons(dataset.skipped)}")
     questions = collect_questions(dataset, args.show_images)
     answer_questions(model, processor, questions, args.batch_size, f"answer ({args.show_images} images)")
     scores = accuracy(questions)

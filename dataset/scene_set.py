@@ -21,7 +21,7 @@ from dataset.scenes import Scene, change_one, draw_scene, sample_scene
 SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
 SINGLE_TYPES = [question_type for question_type in QUESTION_TYPES if question_type not in PAIR_TYPES]
 PAIR_SHARE = 0.3  # of the dialogues are about two images
-LEAST_TURNS, MOST_TURNS = 4, 9
+LEAST_TURNS, MOST_TURNS = 6, 14
 
 
 def sample_scenes(rng: random.Random, held_out: bool, question_type: str | None = None) -> tuple[Scene, ...]:
@@ -31,11 +31,11 @@ def sample_scenes(rng: random.Random, held_out: bool, question_type: str | None 
         return (sample_scene(rng, held_out),)
     if question_type == "difference" or (question_type is None and rng.random() < 0.5):
         while True:
-            first = sample_scene(rng, held_out, rng.choice((1, 2, 2, 3)))
+            first = sample_scene(rng, held_out, rng.choice((1, 2, 2)))
             second = change_one(rng, first, rng.choice(("color", "shape", "size", "place")))
             if second:
                 return (first, second) if rng.random() < 0.5 else (second, first)
-    return tuple(sample_scene(rng, held_out, rng.choice((1, 2, 3))) for _ in range(2))
+    return tuple(sample_scene(rng, held_out, rng.choice((1, 2, 2))) for _ in range(2))
 
 
 def sample_dialogue(rng: random.Random, language: str) -> tuple[tuple[Scene, ...], list[Question]]:
@@ -60,48 +60,40 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
     return turns
 
 
-def in_words(rng: random.Random, scene: Scene) -> str:
-    """A text that stands for a picture of the scene, in either language."""
-    language = rng.choice(LANGUAGES)
-    if rng.random() < 0.08:
-        return draw_in_words(rng, scene, language)
-    return describe(rng, scene, language, shuffled=True)
+def text_row(rng: random.Random, drawn_share: float = 0.5) -> dict:
+    """A dialogue about scenes in words; a third opens with a request for a description.
 
-
-def text_row(rng: random.Random) -> dict:
-    """A dialogue about scenes described in words; a quarter asks for a description."""
+    The words are English whatever the dialogue's language, as patches speak one language too; `drawn_share` of the rows have
+    them as a drawing of 196 cells, the others as a description, things in any order.
+    """
     language = rng.choice(LANGUAGES)
     scenes, questions = sample_dialogue(rng, language)
-    prefix = "\n".join(in_words(rng, scene) for scene in scenes)
+    if rng.random() < drawn_share:
+        prefix = "\n".join(draw_in_words(scene) for scene in scenes)
+    else:
+        prefix = "\n".join(describe(rng, scene, "en", shuffled=True) for scene in scenes)
     pairs = [(question.text, question.answer) for question in questions]
     if len(scenes) == 1 and rng.random() < 0.35:
         pairs[0] = caption(rng, scenes[0], language)
     return {"conversations": as_turns(pairs, prefix)}
 
 
-class SceneSetWriter:
-    """Writes rows and their pictures below one folder."""
-
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, name: str, n_rows: int, make_row) -> None:
-        """`make_row(rng, index)` returns (row without "image", scenes to draw)."""
-        rng = random.Random(f"{self.seed}-{name}")
-        images = self.folder / f"{name}_images"
-        file_name = "lm_data.jsonl" if name == "lm" else f"{name}_vlm_data.jsonl"
-        with open(self.folder / file_name, "w", encoding="utf-8") as file:
-            for index in tqdm(range(n_rows), desc=f"render {name}", unit="row"):
-                row, scenes = make_row(rng, index)
-                names = []
-                for number, scene in enumerate(scenes):
-                    images.mkdir(exist_ok=True)
-                    names.append(f"{index:05d}{'ab'[number]}.jpg")
-                    draw_scene(scene).save(images / names[-1], quality=92, subsampling=0)
-                if names:
-                    row["image"] = ", ".join(names)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_part(path: Path, n_rows: int, make_row, seed: str) -> None:
+    """Write rows to a .jsonl file; `make_row(rng, index)` returns (row without "image", scenes to draw beside the file)."""
+    rng = random.Random(seed)
+    images = path.parent / f"{path.name.split('_')[0]}_images"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for index in tqdm(range(n_rows), desc=f"write {path.name}", unit="row"):
+            row, scenes = make_row(rng, index)
+            names = []
+            for number, scene in enumerate(scenes):
+                images.mkdir(exist_ok=True)
+                names.append(f"{index:05d}{'ab'[number]}.jpg")
+                draw_scene(scene).save(images / names[-1], quality=92, subsampling=0)
+            if names:
+                row["image"] = ", ".join(names)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
@@ -129,10 +121,10 @@ def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
 
 def write_scene_set(folder: Path, sizes: dict[str, int], seed: int = 1337) -> None:
     """Write the parts named in `sizes` (rows of each of "lm", "pretrain", "sft", "eval")."""
-    writer = SceneSetWriter(folder, seed)
     makers = {"lm": lambda rng, index: (text_row(rng), ()), "pretrain": pretrain_row, "sft": sft_row, "eval": eval_row}
     for name, n_rows in sizes.items():
-        writer.write(name, n_rows, makers[name])
+        file_name = "lm_data.jsonl" if name == "lm" else f"{name}_vlm_data.jsonl"
+        write_part(folder / file_name, n_rows, makers[name], seed=f"{seed}-{name}")
 
 
 def main() -> None:

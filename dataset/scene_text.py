@@ -25,8 +25,8 @@ WORDS = {  # Chinese word for each English word that fills a slot
 
 TEMPLATES = {
     "place": {
-        "en": "{size} {color} {shape}, column {column}, row {row}",
-        "zh": "{size}{color}{shape}，第{column}列第{row}行",
+        "en": "{size} {color} {shape} {column}{row}",
+        "zh": "{size}{color}{shape}{column}{row}",
     },
     "separator": {"en": "; ", "zh": "；"},
     "stop": {"en": ".", "zh": "。"},
@@ -40,9 +40,13 @@ TEMPLATES = {
     "count": {"en": ("How many things are there?",), "zh": ("一共有几个东西？",)},
     "count_shape": {"en": ("How many things have the shape {shape}?",), "zh": ("有几个{shape}？",)},
     "count_color": {"en": ("How many things are {color}?",), "zh": ("有几个{color}的东西？",)},
-    "relation": {
-        "en": ("Where is the {color} {shape}, seen from the {other_color} {other_shape}?",),
-        "zh": ("{color}{shape}在{other_color}{other_shape}的哪一边？",),
+    "relation_column": {
+        "en": ("Is the {color} {shape} left or right of the {other_color} {other_shape}?",),
+        "zh": ("{color}{shape}在{other_color}{other_shape}的左边还是右边？",),
+    },
+    "relation_row": {
+        "en": ("Is the {color} {shape} above or below the {other_color} {other_shape}?",),
+        "zh": ("{color}{shape}在{other_color}{other_shape}的上面还是下面？",),
     },
     "which_image": {"en": ("Which image has the {color} {shape}?",), "zh": ("哪一张图有{color}{shape}？",)},
     "in_image": {
@@ -71,8 +75,8 @@ def _fill(rng: random.Random, template: str, language: str, **slots: str | int) 
 
 
 def place(rng: random.Random, thing: Thing, language: str) -> str:
-    """ "large red circle, column 3, row 5" """
-    slots = {"size": thing.size, "color": thing.color, "shape": thing.shape, "column": thing.column, "row": thing.row}
+    """ "large red circle C5" """
+    slots = dict(zip(("size", "color", "shape", "column", "row"), thing.words))
     return _fill(rng, "place", language, **slots)
 
 
@@ -83,11 +87,12 @@ def describe(rng: random.Random, scene: Scene, language: str, shuffled: bool = F
     return separator.join(place(rng, thing, language) for thing in things) + stop
 
 
-def draw_in_words(rng: random.Random, scene: Scene, language: str) -> str:
-    """The picture as a text of 196 cells: " ." where nothing is, the thing's words where its centre is."""
+def draw_in_words(scene: Scene) -> str:
+    """The picture as a text of 196 cells: " ." where nothing is, a thing's five words around its centre."""
     cells = [" ."] * (GRID * GRID)
     for thing in scene.things:
-        cells[thing.patch] = " " + place(rng, thing, language)
+        for patch, english in thing.spelled.items():
+            cells[patch] = english if english.isdigit() else f" {english}"
     return "".join(cells)
 
 
@@ -135,22 +140,13 @@ def _ask_count(rng: random.Random, scene: Scene):
 
 
 def _ask_relation(rng: random.Random, scene: Scene):
-    pairs = [(a, b) for a in scene.things for b in scene.things if a != b and _relation(a, b)]
+    axis, words = rng.choice((("column", ("left", "right")), ("row", ("above", "below"))))
+    pairs = [(a, b) for a in scene.things for b in scene.things if abs(getattr(a, axis) - getattr(b, axis)) >= 2]
     if not pairs:
         return None
     thing, other = rng.choice(pairs)
     slots = {"color": thing.color, "shape": thing.shape, "other_color": other.color, "other_shape": other.shape}
-    return "relation", _relation(thing, other), slots
-
-
-def _relation(thing: Thing, other: Thing) -> str | None:
-    """Where `thing` is, seen from `other`; None where it is nearly diagonal or too near for words of 7 columns."""
-    right, down = thing.column - other.column, thing.row - other.row
-    if abs(right) >= 2 and abs(right) > 2 * abs(down):
-        return "right" if right > 0 else "left"
-    if abs(down) >= 2 and abs(down) > 2 * abs(right):
-        return "below" if down > 0 else "above"
-    return None
+    return f"relation_{axis}", words[getattr(thing, axis) > getattr(other, axis)], slots
 
 
 def _ask_which_image(rng: random.Random, first: Scene, second: Scene):

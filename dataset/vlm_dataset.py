@@ -16,14 +16,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from model.processing import (
-    BadSampleError,
-    MissingFileError,
-    UserError,
-    VLMProcessor,
-    check_conversation,
-    match_image_tags,
-)
+from model.errors import BadSampleError, MissingFileError, UserError, list_reasons
+from model.processing import VLMProcessor, check_conversation, match_image_tags
 
 BYTES_PER_TOKEN = (
     3  # of UTF-8 text with a 6,400-word vocabulary, in English and Chinese alike; only orders rows by length
@@ -149,7 +143,7 @@ class VLMDataset(Dataset):
             )
         if not keys:
             raise UserError(
-                f"{self.data_path} has no usable row ({self.describe_skipped() or 'it is empty'}){self._hint(files)}"
+                f"{self.data_path} has no usable row ({list_reasons(self.skipped) or 'it is empty'}){self._hint(files)}"
             )
         self.rows.keep(keys)
         self.lengths = np.array(lengths, dtype=np.int32)
@@ -186,10 +180,6 @@ class VLMDataset(Dataset):
                 raise BadSampleError("image missing", name)
             paths.append(path)
         return paths
-
-    def describe_skipped(self) -> str:
-        """ "12 image missing, 3 empty answer" """
-        return ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
 
     def read(self, index: int) -> tuple[dict, list]:
         """(row, its images as `load_image` takes them), not encoded: what evaluation needs."""

@@ -1,6 +1,7 @@
 """Errors a person can act on: one line that says what is wrong, the value, and what to do."""
 
 import sys
+from collections import Counter
 
 
 class UserError(ValueError):
@@ -26,6 +27,11 @@ class BadSampleError(UserError):
 
     def __reduce__(self):  # loader workers send it to the main process
         return BadSampleError, (self.args[0], self.detail)
+
+
+def list_reasons(reasons: Counter[str]) -> str:
+    """ "12 image missing, 3 empty answer" """
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
 def run_command(main) -> None:

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 def pieces() -> list[str]:
     """Every word and every stretch of template between two slots, with and without a space before it."""
-    found = [SYSTEM, "system", "user", "assistant", *WORDS, *WORDS.values(), *string.digits]
+    found = [SYSTEM, "system", "user", "assistant", *WORDS, *WORDS.values(), *string.digits, *"ABCDEFG"]
     for languages in TEMPLATES.values():
         for templates in languages.values():
             for template in [templates] if isinstance(templates, str) else templates:

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.scene_set import eval_row, pretrain_row, sft_row, text_row, write_scene_set
-from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, TEMPLATES, WORDS, ask, describe
+from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, TEMPLATES, WORDS, ask, describe, draw_in_words
 from dataset.scenes import (
     COLORS,
+    GRID,
     IMAGE_SIZE,
     MAX_THINGS,
     SHAPES,
     SIZES,
+    SPELLED,
     change_one,
     combinations,
     draw_scene,
@@ -50,11 +52,10 @@ def test_no_row_for_training_shows_a_held_out_combination(seed):
     for scene in eval_row(random.Random(seed), seed % 16)[1]:
         assert all(is_held_out(*thing.combination) for thing in scene.things)
     text = text_row(random.Random(seed))["conversations"][0]["content"]
-    english = {chinese: word for word, chinese in WORDS.items()}
-    for size, color, shape in re.findall(r"(small|medium|large) (\w+) (\w+), column", text):
+    things = re.findall(r"(small|medium|large) (\w+) (\w+) [A-G][1-7]", text)
+    assert things
+    for size, color, shape in things:
         assert not is_held_out(color, shape, size)
-    for size, color, shape in re.findall("(小的|中等的|大的)(..)(圆形|方形|三角形|星形|心形|十字形)，第", text):
-        assert not is_held_out(english[color], english[shape], english[size])
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,7 +63,10 @@ def test_no_row_for_training_shows_a_held_out_combination(seed):
 def test_things_are_inside_and_apart(seed, held_out):
     scene = sample_scene(random.Random(seed), held_out)
     assert 1 <= len(scene.things) <= MAX_THINGS
-    assert len({thing.patch for thing in scene.things}) == len(scene.things)
+    spelled = [patch for thing in scene.things for patch in thing.spelled]
+    assert len(set(spelled)) == SPELLED * len(scene.things), "no thing's words fall on another's"
+    for thing in scene.things:
+        assert len({patch // GRID for patch in thing.spelled}) == 1, "all of them in one row of patches"
     for thing in scene.things:
         assert SIZES[thing.size] - 2 <= min(thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y)
     picture = np.asarray(draw_scene(scene)).astype(int)
@@ -71,6 +75,7 @@ def test_things_are_inside_and_apart(seed, held_out):
         assert np.abs(picture[thing.y, thing.x] - COLORS[thing.color]).max() <= 14, "its colour is at its centre"
 
 
+RELATION_WORDS = {"column": ("left", "right"), "row": ("above", "below")}
 ENGLISH = {chinese: english for english, chinese in WORDS.items()}
 
 
@@ -86,7 +91,7 @@ def test_answers_follow_from_the_description_alone(seed, language):
     scene = sample_scene(rng, held_out=bool(seed % 2))
     things = [
         dict(zip(("size", "color", "shape", "column", "row"), found))
-        for found in re.findall(r"(\w+) (\w+) (\w+), column (\d), row (\d)", describe(rng, scene, "en", shuffled=True))
+        for found in re.findall(r"(\w+) (\w+) (\w+) ([A-G])(\d)", describe(rng, scene, "en", shuffled=True))
     ]
     assert len(things) == len(scene.things)
     for question_type in ("color", "shape", "size", "count", "relation"):
@@ -98,15 +103,25 @@ def test_answers_follow_from_the_description_alone(seed, language):
         answer = to_english(question.answer)
         if question_type == "relation":
             a, b = (next(t for t in things if (t["color"], t["shape"]) == pair) for pair in zip(colors, shapes))
-            right, down = int(a["column"]) - int(b["column"]), int(a["row"]) - int(b["row"])
-            assert answer == (
-                ("right" if right > 0 else "left") if abs(right) > abs(down) else ("below" if down > 0 else "above")
-            )
+            if set(RELATION_WORDS["column"]) & set(named):
+                assert answer == RELATION_WORDS["column"][a["column"] > b["column"]]
+            else:
+                assert answer == RELATION_WORDS["row"][a["row"] > b["row"]]
             continue
         fitting = [t for t in things if t["color"] in (colors or COLORS) and t["shape"] in (shapes or SHAPES)]
         assert (
             answer == str(len(fitting)) if question_type == "count" else [answer] == [t[question_type] for t in fitting]
         )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9))
+def test_a_drawing_in_words_says_what_the_description_says(seed):
+    scene = sample_scene(random.Random(seed), held_out=False)
+    cells = re.findall(r" [\w.]+?(?=\d?[ ]|\d?$)|\d", draw_in_words(scene))
+    assert len(cells) == GRID * GRID and len(load_tokenizer(TOKENIZER).tokenize(draw_in_words(scene))) == GRID * GRID
+    said = "".join(cell for cell in cells if cell != " .").strip()
+    assert said == describe(random.Random(0), scene, "en").replace(";", "").rstrip(".")
 
 
 @settings(max_examples=100, deadline=None)

@@ -167,7 +167,7 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout
     assert (
-        "left out: 1 rows: no conversation" in finished.stdout
+        "left out: 1 no conversation" in finished.stdout
         and "skipped while training: 4 image damaged" in finished.stdout
     )
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from model.checkpoint import save_atomically, weights_path, weights_to_save
-from model.errors import UserError
+from model.errors import UserError, list_reasons
 from model.model_vlm import MiniMindVLM
 from trainer.batches import Batch, LengthBatches, make_loader
 from trainer.log import RunLog
@@ -176,7 +176,7 @@ def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_s
     )
     left_out = getattr(train_data, "skipped", None)
     if left_out:
-        runtime.say(f"left out: {', '.join(f'{count} rows: {reason}' for reason, count in left_out.most_common())}")
+        runtime.say(f"left out: {list_reasons(left_out)}")
     if getattr(train_data, "repaired", 0):
         runtime.say(f"repaired: {train_data.repaired} rows had more <image> than images; the surplus is dropped")
 
@@ -202,8 +202,7 @@ def failures_explained(args, out: Path, log: RunLog):
 
 def report_end(out: Path, step: int, total_steps: int, meter: Meter, runtime: Runtime) -> None:
     if meter.skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in meter.skipped.most_common())
-        runtime.say(f"skipped while training: {reasons}")
+        runtime.say(f"skipped while training: {list_reasons(meter.skipped)}")
     if step < total_steps:
         runtime.say(f"stopped by {runtime.stop.received or 'another rank'} after step {step} of {total_steps}")
     runtime.say(f"weights: {out}\ncurve: {out.with_suffix('.png')}\nlog: {out.with_suffix('.log.jsonl')}")
