@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, Question, ask, caption, describe, draw_in_words
+from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, Question, ask, caption, describe
 from dataset.scenes import Scene, change_one, draw_scene, sample_scene
 
 SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
@@ -60,22 +60,23 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
     return turns
 
 
-def text_row(rng: random.Random, drawn_share: float = 0.5) -> dict:
-    """A dialogue about scenes in words; a third opens with a request for a description.
-
-    The words are English whatever the dialogue's language, as patches speak one language too; `drawn_share` of the rows have
-    them as a drawing of 196 cells, the others as a description, things in any order.
-    """
+def dialogue_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    """Questions and answers about one scene, or two; a third of the single ones open with a request for a description."""
     language = rng.choice(LANGUAGES)
     scenes, questions = sample_dialogue(rng, language)
-    if rng.random() < drawn_share:
-        prefix = "\n".join(draw_in_words(scene) for scene in scenes)
-    else:
-        prefix = "\n".join(describe(rng, scene, "en", shuffled=True) for scene in scenes)
     pairs = [(question.text, question.answer) for question in questions]
     if len(scenes) == 1 and rng.random() < 0.35:
-        pairs[0] = caption(rng, scenes[0], language)
-    return {"conversations": as_turns(pairs, prefix)}
+        pairs[0] = caption(scenes[0], language)
+    return {"conversations": as_turns(pairs, "\n".join(["<image>"] * len(scenes)))}, scenes
+
+
+def text_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    """The same in words alone: each scene is described, things in any order."""
+    row, scenes = dialogue_row(rng, index)
+    for scene in scenes:
+        words = describe(rng.sample(scene.things, len(scene.things)), "en")
+        row["conversations"][0]["content"] = row["conversations"][0]["content"].replace("<image>", words, 1)
+    return row, ()
 
 
 def write_part(path: Path, n_rows: int, make_row, seed: str) -> None:
@@ -98,13 +99,7 @@ def write_part(path: Path, n_rows: int, make_row, seed: str) -> None:
 
 def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
     scene = sample_scene(rng, held_out=False)
-    return {"conversations": as_turns([caption(rng, scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
-
-
-def sft_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
-    scenes, questions = sample_dialogue(rng, rng.choice(LANGUAGES))
-    pairs = [(question.text, question.answer) for question in questions]
-    return {"conversations": as_turns(pairs, "\n".join(["<image>"] * len(scenes)))}, scenes
+    return {"conversations": as_turns([caption(scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
 
 
 def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
@@ -121,7 +116,7 @@ def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
 
 def write_scene_set(folder: Path, sizes: dict[str, int], seed: int = 1337) -> None:
     """Write the parts named in `sizes` (rows of each of "lm", "pretrain", "sft", "eval")."""
-    makers = {"lm": lambda rng, index: (text_row(rng), ()), "pretrain": pretrain_row, "sft": sft_row, "eval": eval_row}
+    makers = {"lm": text_row, "pretrain": pretrain_row, "sft": dialogue_row, "eval": eval_row}
     for name, n_rows in sizes.items():
         file_name = "lm_data.jsonl" if name == "lm" else f"{name}_vlm_data.jsonl"
         write_part(folder / file_name, n_rows, makers[name], seed=f"{seed}-{name}")

@@ -6,9 +6,10 @@ has only to translate patches into that language.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from dataset.scenes import GRID, Scene, Thing
+from dataset.scenes import Scene, Thing
 
 LANGUAGES = ("en", "zh")
 QUESTION_TYPES = ("color", "shape", "size", "count", "relation", "which_image", "in_image", "difference")
@@ -23,37 +24,68 @@ WORDS = {  # Chinese word for each English word that fills a slot
     "first": "第一张", "second": "第二张", "color": "颜色", "size": "大小", "shape": "形状", "place": "位置",
 }  # fmt: skip
 
-TEMPLATES = {
-    "place": {
-        "en": "{size} {color} {shape} {column}{row}",
-        "zh": "{size}{color}{shape}{column}{row}",
-    },
+# Answers say what was asked for before they say what it is: a small model finds a thing again by the words just said.
+TEMPLATES = {  # language -> text, or (question, answer)
+    "thing": {"en": "{size} {color} {shape} {place}", "zh": "{size}{color}{shape}{place}"},
     "separator": {"en": "; ", "zh": "；"},
     "stop": {"en": ".", "zh": "。"},
-    "caption": {
-        "en": ("Describe the picture.", "What is in the picture, and where?"),
-        "zh": ("描述一下这张图。", "图里有什么，在哪里？"),
+    "caption": {"en": ("Describe the picture.", "{description}"), "zh": ("描述一下这张图。", "{description}")},
+    "color": {
+        "en": ("What color is the {shape}?", "The {shape} is {color}."),
+        "zh": ("{shape}是什么颜色？", "{shape}是{color}。"),
     },
-    "color": {"en": ("What color is the {shape}?",), "zh": ("{shape}是什么颜色？",)},
-    "shape": {"en": ("What shape is the {color} thing?",), "zh": ("{color}的东西是什么形状？",)},
-    "size": {"en": ("How big is the {color} {shape}?",), "zh": ("{color}{shape}有多大？",)},
-    "count": {"en": ("How many things are there?",), "zh": ("一共有几个东西？",)},
-    "count_shape": {"en": ("How many things have the shape {shape}?",), "zh": ("有几个{shape}？",)},
-    "count_color": {"en": ("How many things are {color}?",), "zh": ("有几个{color}的东西？",)},
+    "shape": {
+        "en": ("What shape is the {color} thing?", "The {color} thing is a {shape}."),
+        "zh": ("{color}的东西是什么形状？", "{color}的东西是{shape}。"),
+    },
+    "size": {
+        "en": ("How big is the {color} {shape}?", "The {color} {shape} is {size}."),
+        "zh": ("{color}{shape}有多大？", "{color}{shape}是{size}。"),
+    },
+    "count": {
+        "en": ("How many things are there?", "The number of things is {number}."),
+        "zh": ("一共有几个东西？", "东西的数目是{number}。"),
+    },
+    "count_shape": {
+        "en": ("How many things have the shape {shape}?", "The number of things with the shape {shape} is {number}."),
+        "zh": ("有几个{shape}？", "{shape}的数目是{number}。"),
+    },
+    "count_color": {
+        "en": ("How many things are {color}?", "The number of {color} things is {number}."),
+        "zh": ("有几个{color}的东西？", "{color}东西的数目是{number}。"),
+    },
     "relation_column": {
-        "en": ("Is the {color} {shape} left or right of the {other_color} {other_shape}?",),
-        "zh": ("{color}{shape}在{other_color}{other_shape}的左边还是右边？",),
+        "en": (
+            "Is the {color} {shape} left or right of the {other_color} {other_shape}?",
+            "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+        ),
+        "zh": (
+            "{color}{shape}在{other_color}{other_shape}的左边还是右边？",
+            "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
+        ),
     },
     "relation_row": {
-        "en": ("Is the {color} {shape} above or below the {other_color} {other_shape}?",),
-        "zh": ("{color}{shape}在{other_color}{other_shape}的上面还是下面？",),
+        "en": (
+            "Is the {color} {shape} above or below the {other_color} {other_shape}?",
+            "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+        ),
+        "zh": (
+            "{color}{shape}在{other_color}{other_shape}的上面还是下面？",
+            "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
+        ),
     },
-    "which_image": {"en": ("Which image has the {color} {shape}?",), "zh": ("哪一张图有{color}{shape}？",)},
+    "which_image": {
+        "en": ("Which image has the {color} {shape}?", "The {color} {shape} is in the {which} image."),
+        "zh": ("哪一张图有{color}{shape}？", "{color}{shape}在{which}图里。"),
+    },
     "in_image": {
-        "en": ("What color is the {shape} in the {which} image?",),
-        "zh": ("{which}图里的{shape}是什么颜色？",),
+        "en": ("What color is the {shape} in the {which} image?", "The {shape} in the {which} image is {color}."),
+        "zh": ("{which}图里的{shape}是什么颜色？", "{which}图里的{shape}是{color}。"),
     },
-    "difference": {"en": ("What changes from the first image to the second?",), "zh": ("两张图有什么不同？",)},
+    "difference": {
+        "en": ("What changes from the first image to the second?", "{before} becomes {after}: {aspect}."),
+        "zh": ("两张图有什么不同？", "{before}变成{after}：{aspect}。"),
+    },
 }
 
 
@@ -68,37 +100,27 @@ def word(english: str, language: str) -> str:
     return WORDS.get(english, english) if language == "zh" else english  # numbers stay digits
 
 
-def _fill(rng: random.Random, template: str, language: str, **slots: str | int) -> str:
-    choices = TEMPLATES[template][language]
-    text = choices if isinstance(choices, str) else rng.choice(choices)
-    return text.format(**{name: word(v, language) if isinstance(v, str) else v for name, v in slots.items()})
+def _fill(text: str, language: str, **slots) -> str:
+    """`text` with its slots in words of `language`; a slot is an English word, a number or a Thing."""
+    spoken = {name: say(v, language) if isinstance(v, Thing) else word(str(v), language) for name, v in slots.items()}
+    return text.format(**spoken)
 
 
-def place(rng: random.Random, thing: Thing, language: str) -> str:
+def say(thing: Thing, language: str) -> str:
     """ "large red circle C5" """
-    slots = dict(zip(("size", "color", "shape", "column", "row"), thing.words))
-    return _fill(rng, "place", language, **slots)
+    slots = {"size": thing.size, "color": thing.color, "shape": thing.shape, "place": thing.place}
+    return _fill(TEMPLATES["thing"][language], language, **slots)
 
 
-def describe(rng: random.Random, scene: Scene, language: str, shuffled: bool = False) -> str:
-    """Every thing and its place; in reading order unless `shuffled`."""
-    things = rng.sample(scene.things, len(scene.things)) if shuffled else scene.things
+def describe(things: Sequence[Thing], language: str) -> str:
     separator, stop = TEMPLATES["separator"][language], TEMPLATES["stop"][language]
-    return separator.join(place(rng, thing, language) for thing in things) + stop
+    return separator.join(say(thing, language) for thing in things) + stop
 
 
-def draw_in_words(scene: Scene) -> str:
-    """The picture as a text of 196 cells: " ." where nothing is, a thing's five words around its centre."""
-    cells = [" ."] * (GRID * GRID)
-    for thing in scene.things:
-        for patch, english in thing.spelled.items():
-            cells[patch] = english if english.isdigit() else f" {english}"
-    return "".join(cells)
-
-
-def caption(rng: random.Random, scene: Scene, language: str) -> tuple[str, str]:
-    """(request, description)."""
-    return _fill(rng, "caption", language), describe(rng, scene, language)
+def caption(scene: Scene, language: str) -> tuple[str, str]:
+    """(request, description in reading order)."""
+    request, answer = TEMPLATES["caption"][language]
+    return request, answer.format(description=describe(scene.things, language))
 
 
 def ask(rng: random.Random, question_type: str, scenes: tuple[Scene, ...], language: str) -> Question | None:
@@ -106,47 +128,48 @@ def ask(rng: random.Random, question_type: str, scenes: tuple[Scene, ...], langu
     found = _ASK[question_type](rng, *scenes)
     if found is None:
         return None
-    template, answer, slots = found
-    text = _fill(rng, template, language, **slots)
-    return Question(question_type, text, word(answer, language), scenes)
+    template, slots = found
+    question, answer = (_fill(text, language, **slots) for text in TEMPLATES[template][language])
+    return Question(question_type, question, answer, scenes)
 
 
-# Each of these returns (template, answer in English, slots) or None.
+# Each of these returns (template, slots) or None.
 
 
 def _ask_color(rng: random.Random, scene: Scene):
     thing = _unique(rng, scene, "shape")
-    return thing and ("color", thing.color, {"shape": thing.shape})
+    return thing and ("color", {"shape": thing.shape, "color": thing.color})
 
 
 def _ask_shape(rng: random.Random, scene: Scene):
     thing = _unique(rng, scene, "color")
-    return thing and ("shape", thing.shape, {"color": thing.color})
+    return thing and ("shape", {"shape": thing.shape, "color": thing.color})
 
 
 def _ask_size(rng: random.Random, scene: Scene):
     thing = rng.choice(scene.things)
-    return "size", thing.size, {"color": thing.color, "shape": thing.shape}
+    return "size", {"color": thing.color, "shape": thing.shape, "size": thing.size}
 
 
 def _ask_count(rng: random.Random, scene: Scene):
     template = rng.choice(("count", "count", "count_shape", "count_color"))
     if template == "count":
-        return template, str(len(scene.things)), {}
+        return template, {"number": len(scene.things)}
     attribute = template.removeprefix("count_")
     values = [getattr(thing, attribute) for thing in scene.things]
     value = max(rng.sample(values, len(values)), key=values.count) if rng.random() < 0.5 else rng.choice(values)
-    return template, str(values.count(value)), {attribute: value}
+    return template, {"number": values.count(value), attribute: value}
 
 
 def _ask_relation(rng: random.Random, scene: Scene):
-    axis, words = rng.choice((("column", ("left", "right")), ("row", ("above", "below"))))
+    axis, answers = rng.choice((("column", ("left", "right")), ("row", ("above", "below"))))
     pairs = [(a, b) for a in scene.things for b in scene.things if abs(getattr(a, axis) - getattr(b, axis)) >= 2]
     if not pairs:
         return None
     thing, other = rng.choice(pairs)
-    slots = {"color": thing.color, "shape": thing.shape, "other_color": other.color, "other_shape": other.shape}
-    return f"relation_{axis}", words[getattr(thing, axis) > getattr(other, axis)], slots
+    slots = {"color": thing.color, "shape": thing.shape, "place": thing.place}
+    others = {"other_color": other.color, "other_shape": other.shape, "other_place": other.place}
+    return f"relation_{axis}", slots | others | {"answer": answers[getattr(thing, axis) > getattr(other, axis)]}
 
 
 def _ask_which_image(rng: random.Random, first: Scene, second: Scene):
@@ -157,13 +180,13 @@ def _ask_which_image(rng: random.Random, first: Scene, second: Scene):
     if not only_here:
         return None
     thing = rng.choice(only_here)
-    return "which_image", ("first", "second")[which], {"color": thing.color, "shape": thing.shape}
+    return "which_image", {"color": thing.color, "shape": thing.shape, "which": ("first", "second")[which]}
 
 
 def _ask_in_image(rng: random.Random, first: Scene, second: Scene):
     which = rng.randrange(2)
     thing = _unique(rng, (first, second)[which], "shape")
-    return thing and ("in_image", thing.color, {"shape": thing.shape, "which": ("first", "second")[which]})
+    return thing and ("in_image", {"shape": thing.shape, "color": thing.color, "which": ("first", "second")[which]})
 
 
 def _ask_difference(rng: random.Random, first: Scene, second: Scene):
@@ -171,9 +194,8 @@ def _ask_difference(rng: random.Random, first: Scene, second: Scene):
     if len(first.things) != len(second.things) or len(changed) != 1:
         return None
     before, after = changed[0]
-    names = {"color": "color", "shape": "shape", "size": "size", "patch": "place"}
-    aspects = [name for field, name in names.items() if getattr(before, field) != getattr(after, field)]
-    return ("difference", aspects[0], {}) if len(aspects) == 1 else None
+    aspects = [name for name in ("color", "shape", "size", "place") if getattr(before, name) != getattr(after, name)]
+    return ("difference", {"before": before, "after": after, "aspect": aspects[0]}) if len(aspects) == 1 else None
 
 
 def _unique(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:

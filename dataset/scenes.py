@@ -16,7 +16,6 @@ PATCH_SIZE = 16
 GRID = IMAGE_SIZE // PATCH_SIZE  # 14 patches a side
 CELLS = 7  # words for places are coarser than patches: columns A-G, rows 1-7
 MAX_THINGS = 4
-SPELLED = 5  # words for a thing: size, colour, shape, column, row; room for them is kept around each centre, patch by patch
 
 COLORS = {
     "red": (214, 40, 40),
@@ -54,21 +53,16 @@ class Thing:
 
     @property
     def column(self) -> int:
-        return self.x * CELLS // IMAGE_SIZE
+        return self.x * CELLS // IMAGE_SIZE + 1
 
     @property
     def row(self) -> int:
-        return self.y * CELLS // IMAGE_SIZE
+        return self.y * CELLS // IMAGE_SIZE + 1
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """What is to be said of it, in the order of speech: ("large", "red", "circle", "C", "5")."""
-        return self.size, self.color, self.shape, "ABCDEFG"[self.column], str(self.row + 1)
-
-    @property
-    def spelled(self) -> dict[int, str]:
-        """Its words on the patches from two left to two right of the centre's, as {patch: word}."""
-        return {self.patch - SPELLED // 2 + k: word for k, word in enumerate(self.words)}
+    def place(self) -> str:
+        """Column and row as on a chessboard read from the top: "A1" to "G7"."""
+        return f"{'ABCDEFG'[self.column - 1]}{self.row}"
 
 
 @dataclass(frozen=True)
@@ -109,23 +103,17 @@ def sample_scene(rng: random.Random, held_out: bool, n_things: int | None = None
             things.clear()
             continue
         things.append(Thing(color, shape, size, *place, angle=rng.uniform(-12, 12)))
-    things.sort(key=lambda thing: thing.patch)
+    things.sort(key=lambda thing: (thing.row, thing.column, thing.x))
     background = rng.choice(((250, 250, 250), (236, 236, 232), (245, 238, 220), (225, 236, 242), (232, 240, 226)))
     return Scene(tuple(things), background, jitter=rng.getrandbits(32))
 
 
 def _free_place(rng: random.Random, radius: int, things: list[Thing]) -> tuple[int, int] | None:
-    """A centre where a thing touches neither the others nor the edge, and where its words overlap no other's."""
     low, high = math.ceil((radius + 2) / PATCH_SIZE - 0.5), math.floor((IMAGE_SIZE - radius - 2) / PATCH_SIZE - 0.5)
     for _ in range(50):
-        column, row = rng.randint(max(low, SPELLED // 2), min(high, GRID - 1 - SPELLED // 2)), rng.randint(low, high)
         # Near the middle of a patch, so that "which patch holds the centre" has one answer.
-        x, y = (patch * PATCH_SIZE + PATCH_SIZE // 2 + rng.randint(-4, 4) for patch in (column, row))
-        if all(
-            math.hypot(x - thing.x, y - thing.y) > 1.2 * (radius + SIZES[thing.size])
-            and abs(row * GRID + column - thing.patch) >= SPELLED
-            for thing in things
-        ):
+        x, y = (rng.randint(low, high) * PATCH_SIZE + PATCH_SIZE // 2 + rng.randint(-4, 4) for _ in range(2))
+        if all(math.hypot(x - thing.x, y - thing.y) > 1.2 * (radius + SIZES[thing.size]) for thing in things):
             return x, y
     return None
 

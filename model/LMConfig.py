@@ -19,7 +19,7 @@ class LMConfig(PretrainedConfig):
         self,
         dim: int = 512,
         n_layers: int = 8,
-        n_heads: int = 8,
+        n_heads: int | None = None,
         n_kv_heads: int = 2,
         vocab_size: int = 6400,
         hidden_dim: int | None = None,
@@ -30,6 +30,10 @@ class LMConfig(PretrainedConfig):
         dropout: float = 0.0,
         **kwargs,
     ):
+        if (
+            n_heads is None
+        ):  # 8 as published; fewer in narrow models, where heads under 32 numbers cannot tell words apart
+            n_heads = next(n for n in (8, 4, 2) if dim >= 32 * n or n == 2)
         if dim % n_heads or dim // n_heads % 2:
             raise UserError(f"dim {dim} does not split into {n_heads} heads of an even size: change dim or n_heads")
         if n_heads % n_kv_heads:

@@ -131,7 +131,7 @@ class VLMProcessor:
         turns, _ = match_image_tags(check_conversation(conversations), len(images))
         if turns[-1][0] == "user":
             turns = turns[:-1]  # nothing to learn from a question without an answer
-        input_ids, labels = self._encode_turns(turns)
+        input_ids, labels = self.encode_turns(turns)
         length, n_images = self._cut(input_ids, max_length)
         input_ids, labels = torch.tensor(input_ids[:length]), torch.tensor(labels[:length])
         if not count_labels(labels):
@@ -141,7 +141,7 @@ class VLMProcessor:
     def encode_prompt(self, conversations: list[dict], n_images: int) -> torch.Tensor:
         """int64[1, T]: a dialogue that ends with a question, ready for `generate`. Surplus `<image>` tags are dropped."""
         turns, _ = match_image_tags(check_conversation(conversations, blank_answers=True), n_images)
-        input_ids, _ = self._encode_turns(turns)
+        input_ids, _ = self.encode_turns(turns)
         return torch.tensor([input_ids + self._format_tokens("<s>assistant\n")])
 
     def preprocess(self, images: list) -> torch.Tensor:
@@ -163,7 +163,7 @@ class VLMProcessor:
             return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # ten times as fast
 
-    def _encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""
         if turns[:1] == [] or turns[0][0] != "system":
             turns = [("system", self.default_system)] + turns

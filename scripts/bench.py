@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, rows: Path, images: Path) -> dict:
         "stage": "pretrain",
         "dim": 512,
         "epoch": "first",
-        "dtype": args.dtype,
+        "dtype": records[-1]["dtype"],
         "images_per_second": round((len(steps) - WARM_UP) * args.batch_size / seconds, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
@@ -77,7 +77,7 @@ def main() -> None:
         parser.error("--data needs --images_zip")
     row = measure(args, *prepare(args))
     (ROOT / "out" / "bench.json").write_text(json.dumps({"train": [row]}, indent=1))
-    print(f"{row['images_per_second']} images/s, {row['peak_memory_bytes'] / 1e9:.2f} GB at most ({args.dtype})")
+    print(f"{row['images_per_second']} images/s, {row['peak_memory_bytes'] / 1e9:.2f} GB at most ({row['dtype']})")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from dataset.scene_text import QUESTION_TYPES
 
 STAND_INS = ROOT / "model" / "demo"
 OUT = ROOT / "out" / "demo"
+DIM, N_LAYERS = 128, 6
 MODEL_FLAGS = [
-    "--dim", "128", "--n_layers", "6", "--device", "cpu",
+    "--dim", str(DIM), "--n_layers", str(N_LAYERS), "--device", "cpu",
     "--tokenizer", str(STAND_INS / "tokenizer"), "--vision_model", str(STAND_INS / "vision_model"),
 ]  # fmt: skip
 TRAIN_FLAGS = [*MODEL_FLAGS, "--dtype", "float32", "--out_dir", str(OUT), "--log_interval", "10"]
-ROWS = {"lm": 1280, "pretrain": 4000, "sft": 8000, "eval": 640}
+ROWS = {"lm": 1280, "pretrain": 3200, "sft": 7200, "eval": 640}
 IMAGE_CHOICES = {
     "right": "accuracy",
     "wrong": "accuracy_wrong_image",

@@ -31,9 +31,9 @@ def pieces() -> list[str]:
     """Every word and every stretch of template between two slots, with and without a space before it."""
     found = [SYSTEM, "system", "user", "assistant", *WORDS, *WORDS.values(), *string.digits, *"ABCDEFG"]
     for languages in TEMPLATES.values():
-        for templates in languages.values():
-            for template in [templates] if isinstance(templates, str) else templates:
-                found += [piece for piece in re.split(r"\{\w+\}", template) if piece]
+        for texts in languages.values():
+            for text in [texts] if isinstance(texts, str) else texts:
+                found += [piece for piece in re.split(r"\{\w+\}", text) if piece]
     return found + [f" {piece}" for piece in found if piece.isascii() and piece[0] != " "]
 
 

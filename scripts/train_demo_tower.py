@@ -2,11 +2,10 @@
 
     python scripts/train_demo_tower.py            # about 40 minutes on 2 cores; writes model/demo/vision_model/
 
-CLIP learned from 400 million captions that a patch "knows" what it shows. The demo has minutes, so its tower is told. It
-learns to *spell*: the five patches around a thing's centre, from left to right, stand for its size, colour, shape, column
-and row; every other patch stands for "nothing". The 196 patches in reading order then say what the language model's text
-says in words, and a linear projector has a dictionary to learn, nothing more. Only training combinations are drawn
-(dataset/scenes.py), so the held-out ones stay unseen. Seeded: the same machine and number of threads give the same file again.
+CLIP learned from 400 million captions that a patch "knows" what it shows. The demo has minutes, so its tower is told: of
+every patch that holds the centre of a thing, which colour, shape, size, column and row; of every other patch,
+"none". Only training combinations are drawn (dataset/scenes.py), so the held-out ones stay unseen. Seeded: the same machine and
+number of threads give the same file again.
 """
 
 import argparse
@@ -26,17 +25,16 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dataset.scenes import COLORS, GRID, IMAGE_SIZE, PATCH_SIZE, SHAPES, SIZES, draw_scene, sample_scene
+from dataset.scenes import CELLS, COLORS, GRID, IMAGE_SIZE, PATCH_SIZE, SHAPES, SIZES, draw_scene, sample_scene
 
 N_PATCHES = GRID * GRID
-WORDS = ("nothing", *SIZES, *COLORS, *SHAPES, *"ABCDEFG", *"1234567")  # what a patch can stand for at the last layer
-ATTRIBUTES = {"size": list(SIZES), "color": list(COLORS), "shape": list(SHAPES)}
-WORD_KIND = torch.tensor([0] + [1] * len(SIZES) + [2] * len(COLORS) + [3] * len(SHAPES) + [4] * 7 + [5] * 7)
+# One group of classes for each thing a patch is asked; class 0 of each means "no thing here".
+N_CLASSES = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "column": CELLS, "row": CELLS}
 AUXILIARY_LAYER = 2  # its features answer for every patch that a thing covers, which guides the early layers
 
 
 class LabelledScenes(Dataset):
-    """Scene number i, drawn on the spot: the picture and what each patch is to know."""
+    """Scene number i, drawn on the spot: the picture and, for each patch, its classes."""
 
     def __init__(self, n_scenes: int, seed: int, held_out: bool = False):
         self.n_scenes, self.seed, self.held_out = n_scenes, seed, held_out
@@ -45,44 +43,49 @@ class LabelledScenes(Dataset):
         return self.n_scenes
 
     def __getitem__(self, index):
-        """(uint8[224, 224, 3], int64[3, 196] attributes of the thing that covers a patch, int64[196] its word); 0: none."""
+        """(uint8[224, 224, 3], int64[2, 5, 196]): classes of covering things, and of centres only."""
         scene = sample_scene(random.Random(self.seed * 1_000_003 + index), self.held_out)
-        rows, columns = (axis * PATCH_SIZE + PATCH_SIZE // 2 for axis in np.divmod(np.arange(N_PATCHES), GRID))
-        covering, words = np.zeros((3, N_PATCHES), dtype=np.int64), np.zeros(N_PATCHES, dtype=np.int64)
+        centers = (np.arange(N_PATCHES) // GRID, np.arange(N_PATCHES) % GRID)
+        rows, columns = (axis * PATCH_SIZE + PATCH_SIZE // 2 for axis in centers)
+        classes = np.zeros((2, len(N_CLASSES), N_PATCHES), dtype=np.int64)
         for thing in scene.things:
+            values = (list(COLORS).index(thing.color), SHAPES.index(thing.shape), list(SIZES).index(thing.size))
+            values = np.array([value + 1 for value in values] + [thing.column, thing.row])
             covered = np.hypot(columns - thing.x, rows - thing.y) < SIZES[thing.size]
             covered[thing.patch] = True
-            values = [names.index(getattr(thing, attribute)) + 1 for attribute, names in ATTRIBUTES.items()]
-            covering[:, covered] = np.array(values)[:, None]
-            for patch, word in thing.spelled.items():
-                words[patch] = WORDS.index(word)
-        return np.asarray(draw_scene(scene)), covering, words
+            classes[0][:, covered] = values[:, None]
+            classes[1][:, thing.patch] = values
+        return np.asarray(draw_scene(scene)), classes
 
 
 class TaughtTower(nn.Module):
-    """The tower with a linear read-out for each attribute at the auxiliary layer and one for words at the end (both
-    thrown away afterwards)."""
+    """The tower with one linear read-out at the auxiliary layer and one at the end (both thrown away afterwards)."""
 
     def __init__(self, tower: CLIPVisionModel):
         super().__init__()
         self.tower = tower
         width = tower.config.hidden_size
-        self.attributes = nn.ModuleList(nn.Linear(width, 1 + len(names)) for names in ATTRIBUTES.values())
-        self.words = nn.Linear(width, len(WORDS))
+        self.readouts = nn.ModuleList(nn.Linear(width, sum(N_CLASSES.values()) + len(N_CLASSES)) for _ in range(2))
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """float[B, 3, 224, 224] -> scores float[B, 196, classes] of each attribute, and of the words."""
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """float[B, 3, 224, 224] -> two float[B, 196, classes]."""
         output = self.tower(pixel_values=pixel_values, output_hidden_states=True)
-        early = output.hidden_states[AUXILIARY_LAYER][:, 1:]
-        return [readout(early) for readout in self.attributes], self.words(output.last_hidden_state[:, 1:])
+        features = output.hidden_states[AUXILIARY_LAYER], output.last_hidden_state
+        return [readout(hidden[:, 1:]) for readout, hidden in zip(self.readouts, features)]
+
+
+def split_by_question(scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return scores.split([n_classes + 1 for n_classes in N_CLASSES.values()], dim=-1)
 
 
 def patch_loss(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of float[B, 196, classes] against int64[B, 196]; things count as much as the ground, which has 10 to 50
-    times as many patches."""
-    target = classes.flatten()
-    losses = F.cross_entropy(scores.flatten(0, 1), target, reduction="none")
-    return losses[target > 0].mean() + 3 * losses[target == 0].mean()
+    """Cross-entropy over the questions; things and background weigh alike though background patches are 50 times as many."""
+    loss = 0.0
+    for question, question_scores in enumerate(split_by_question(scores)):
+        target = classes[:, question].flatten()
+        losses = F.cross_entropy(question_scores.flatten(0, 1), target, reduction="none")
+        loss = loss + losses[target > 0].mean() + 3 * losses[target == 0].mean()
+    return loss
 
 
 def sincos_positions(width: int) -> torch.Tensor:
@@ -102,18 +105,19 @@ def normalise(images: torch.Tensor, processor: CLIPImageProcessorPil) -> torch.T
 
 @torch.no_grad()
 def accuracies(model: TaughtTower, processor: CLIPImageProcessorPil, n_scenes: int) -> str:
-    """On held-out combinations: share of words spelled right, and of empty patches taken for a word, an image."""
+    """On held-out combinations: share of things named right by their centre patch, and of patches rightly "none"."""
     model.eval()
-    right, spelled, false_words = torch.zeros(5), torch.zeros(5), 0
-    for images, _, words in DataLoader(LabelledScenes(n_scenes, seed=999, held_out=True), batch_size=50):
-        guesses = model(normalise(images, processor))[1].argmax(-1)  # (B, 196)
-        right += torch.bincount(WORD_KIND[words[guesses == words]], minlength=6)[1:]
-        spelled += torch.bincount(WORD_KIND[words].flatten(), minlength=6)[1:]
-        false_words += int(((guesses > 0) & (words == 0)).sum())
+    right, things, false_alarms = torch.zeros(len(N_CLASSES)), 0, 0
+    for images, classes in DataLoader(LabelledScenes(n_scenes, seed=999, held_out=True), batch_size=50):
+        scores = split_by_question(model(normalise(images, processor))[1])
+        guesses = torch.stack([question.argmax(-1) for question in scores], dim=1)  # (B, 5, 196)
+        is_center = (classes[:, 1, :1] > 0).expand_as(guesses)
+        right += ((guesses == classes[:, 1]) & is_center).sum(dim=(0, 2))
+        things += int(is_center[:, 0].sum())
+        false_alarms += int(((guesses[:, 0] > 0) & ~is_center[:, 0]).sum())
     model.train()
-    kinds = (*ATTRIBUTES, "column", "row")
-    shares = ", ".join(f"{kind} {share:.1f} %" for kind, share in zip(kinds, (100 * right / spelled).tolist()))
-    return f"held-out words spelled: {shares}; false words {false_words / n_scenes:.2f} an image"
+    named = ", ".join(f"{name} {100 * n / things:.1f} %" for name, n in zip(N_CLASSES, right.tolist()))
+    return f"held-out centres: {named}; false centres {false_alarms / n_scenes:.2f} an image"
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--out_dir", type=Path, default=Path("model/demo/vision_model"), help="where the tower is written"
     )
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=64, help="scenes in a step")
     parser.add_argument(
         "--learning_rate", type=float, default=1e-3, help="highest learning rate (warm-up, then cosine)"
@@ -148,11 +152,9 @@ def main() -> None:
     )
     scenes = LabelledScenes(args.steps * args.batch_size, args.seed)
     progress = tqdm(DataLoader(scenes, args.batch_size, num_workers=1), desc="tower", unit="step")
-    for step, (images, covering, words) in enumerate(progress, start=1):
-        attribute_scores, word_scores = model(normalise(images, processor))
-        loss = 3 * patch_loss(word_scores, words)
-        for index, scores in enumerate(attribute_scores):
-            loss = loss + 0.5 * patch_loss(scores, covering[:, index])
+    for step, (images, classes) in enumerate(progress, start=1):
+        early, final = model(normalise(images, processor))
+        loss = patch_loss(final, classes[:, 1]) + 0.5 * patch_loss(early, classes[:, 0])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

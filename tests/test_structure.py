@@ -9,7 +9,7 @@ from conftest import ROOT, run_script
 
 LAYERS = {  # folder -> local modules it may import
     "model": r"model(\.|$)",
-    "dataset": r"dataset(\.|$)|model\.LMConfig$|model\.processing$",
+    "dataset": r"dataset(\.|$)|model\.(LMConfig|errors|processing)$",
     "trainer": r"trainer(\.|$)|model(\.|$)",
 }
 LOCAL = {"model", "dataset", "trainer", "scripts", "train_pretrain_vlm", "train_sft_vlm", "eval_vlm", "web_demo_vlm"}

@@ -69,7 +69,8 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             if step % args.save_interval == 0 and step < total_steps:
                 save(model, out, runtime)
         save(model, out, runtime)
-        log.event("end", step=step, total_steps=total_steps, weights=str(out), skipped=dict(meter.skipped))
+        dtype = str(runtime.dtype).removeprefix("torch.")  # what --dtype came to on this device
+        log.event("end", step=step, total_steps=total_steps, weights=str(out), skipped=dict(meter.skipped), dtype=dtype)
     report_end(out, step, total_steps, meter, runtime)
 
 

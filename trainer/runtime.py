@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -73,10 +74,10 @@ def start_runtime(args) -> Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    dtype, reason = _choose_dtype(args.dtype, device)
-    runtime = Runtime(device, dtype, rank, world_size)
+    runtime = Runtime(device, torch.float32, rank, world_size)
+    runtime.dtype, reason = _choose_dtype(args.dtype, runtime)
     runtime.say(
-        f"device: {device} x {world_size}; numbers: {str(dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}"
+        f"device: {device} x {world_size}; numbers: {str(runtime.dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}"
     )
     seed_everything(args.seed)
     return runtime
@@ -103,13 +104,25 @@ def _choose_device(wanted: str | None) -> torch.device:
         raise UserError(f"--device {wanted} is no device: pass cpu, cuda or cuda:0") from error
 
 
-def _choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+def _choose_dtype(wanted: str, runtime: Runtime) -> tuple[torch.dtype, str]:
     if wanted == "float32":
         return torch.float32, "asked for"
-    if device.type == "cuda":
+    if runtime.device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bfloat16 = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # AVX-512 bf16 is slower than fp32
+        is_faster = runtime.device.type == "cpu" and _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+        has_bfloat16 = runtime.sum_over_ranks(is_faster)[0] == runtime.world_size  # one choice for all ranks
     if has_bfloat16:
         return torch.bfloat16, "weights stay float32"
     return torch.float32, "bfloat16 is not faster here"
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Least time for a matrix product of the model's size: some CPUs have bf16 instructions that are slower than float32."""
+    x, weight = torch.ones(1024, 768, dtype=dtype), torch.ones(768, 2048, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ weight
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
