@@ -34,8 +34,8 @@ def test_pretraining_learns_what_was_published():
 
 
 def test_sizes_that_cannot_work_are_refused_with_both_numbers():
-    with pytest.raises(UserError, match="dim 100 .* 8 heads"):
-        LMConfig(dim=100)
+    with pytest.raises(UserError, match="dim 130 .* 4 heads"):
+        LMConfig(dim=130)
     with pytest.raises(UserError, match="n_heads 8 .* n_kv_heads 3"):
         LMConfig(n_kv_heads=3)
     with pytest.raises(UserError, match="196 patches .* makes 9"):
@@ -58,7 +58,7 @@ def test_a_larger_tower_works_by_configuration(tokenizer):
     from transformers import CLIPVisionModel
 
     tower = CLIPVisionModel(config)
-    model = MiniMindVLM(VLMConfig.for_tower(tower.config, dim=64, n_layers=1, n_heads=4, vocab_size=660), tower)
+    model = MiniMindVLM(VLMConfig.for_tower(tower.config, dim=64, n_layers=1, n_heads=4, vocab_size=687), tower)
     size = {"height": 336, "width": 336}
     processor = VLMProcessor(
         tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size), model.config

@@ -182,7 +182,7 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
         (["--learning_rate", "1e30", "--grad_clip", "1e30", "--epochs", "9"], "error: the loss is nan at step"),
         (["--device", "cuda"], "error: --device cuda but PyTorch sees no GPU here"),
         (["--ddp"], "error: --ddp needs torchrun"),
-        (["--dim", "100"], "error: dim 100 does not split into 8 heads"),
+        (["--dim", "130"], "error: dim 130 does not split into 4 heads"),
         (["--batch_size", "0"], "--batch_size is 0: it has to be at least 1"),
     ],
 )
