@@ -160,7 +160,7 @@ def test_tokenizer_script_gives_the_shipped_tokenizer_again(tmp_path):
 
 
 def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
-    """<= 8 MB shipped; two short runs of the tower script give the same bytes."""
+    """<= 8 MB shipped; two short runs of each training script give the same bytes."""
     from conftest import ROOT, run_script
 
     stand_ins = [ROOT / "model/demo/vision_model/model.safetensors", ROOT / "model/demo/lm_128.pth"]
@@ -179,3 +179,9 @@ def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
         )
         assert finished.returncode == 0, finished.stdout
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    for name in ("a.pth", "b.pth"):
+        finished = run_script(
+            "scripts/train_demo_base.py", "--max_steps", "3", "--eval_rows", "8", "--out_file", tmp_path / name
+        )
+        assert finished.returncode == 0, finished.stdout
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
