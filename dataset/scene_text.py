@@ -24,12 +24,16 @@ WORDS = {  # Chinese word for each English word that fills a slot
     "first": "第一张", "second": "第二张", "color": "颜色", "size": "大小", "shape": "形状", "place": "位置",
 }  # fmt: skip
 
+RELATION_ANSWER = {
+    "en": "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+    "zh": "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
+}
 # Answers say what was asked for before they say what it is: a small model finds a thing again by the words just said.
 TEMPLATES = {  # language -> text, or (question, answer)
     "thing": {"en": "{size} {color} {shape} {place}", "zh": "{size}{color}{shape}{place}"},
     "separator": {"en": "; ", "zh": "；"},
     "stop": {"en": ".", "zh": "。"},
-    "caption": {"en": ("Describe the picture.", "{description}"), "zh": ("描述一下这张图。", "{description}")},
+    "caption": {"en": "Describe the picture.", "zh": "描述一下这张图。"},
     "color": {
         "en": ("What color is the {shape}?", "The {shape} is {color}."),
         "zh": ("{shape}是什么颜色？", "{shape}是{color}。"),
@@ -57,21 +61,21 @@ TEMPLATES = {  # language -> text, or (question, answer)
     "relation_column": {
         "en": (
             "Is the {color} {shape} left or right of the {other_color} {other_shape}?",
-            "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+            RELATION_ANSWER["en"],
         ),
         "zh": (
             "{color}{shape}在{other_color}{other_shape}的左边还是右边？",
-            "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
+            RELATION_ANSWER["zh"],
         ),
     },
     "relation_row": {
         "en": (
             "Is the {color} {shape} above or below the {other_color} {other_shape}?",
-            "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+            RELATION_ANSWER["en"],
         ),
         "zh": (
             "{color}{shape}在{other_color}{other_shape}的上面还是下面？",
-            "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
+            RELATION_ANSWER["zh"],
         ),
     },
     "which_image": {
@@ -113,14 +117,14 @@ def say(thing: Thing, language: str) -> str:
 
 
 def describe(things: Sequence[Thing], language: str) -> str:
+    """Every thing and its place, in the order given."""
     separator, stop = TEMPLATES["separator"][language], TEMPLATES["stop"][language]
     return separator.join(say(thing, language) for thing in things) + stop
 
 
 def caption(scene: Scene, language: str) -> tuple[str, str]:
     """(request, description in reading order)."""
-    request, answer = TEMPLATES["caption"][language]
-    return request, answer.format(description=describe(scene.things, language))
+    return TEMPLATES["caption"][language], describe(scene.things, language)
 
 
 def ask(rng: random.Random, question_type: str, scenes: tuple[Scene, ...], language: str) -> Question | None:

@@ -46,6 +46,7 @@ class SceneReader:
         self.config = VLMConfig(image_special_token=PLACEHOLDER * n_cells)
         self.processor = VLMProcessor(tokenizer, None, self.config)
         self.tokenizer, self.n_cells = tokenizer, n_cells
+        self.nothing = self._word_ids(" .")
 
     def read(self, rng: random.Random, row: dict, scenes: tuple[Scene, ...]) -> tuple[list[int], list[int], list]:
         """(input_ids, labels, cells of all scenes as lists of token ids)."""
@@ -56,8 +57,11 @@ class SceneReader:
         """The words of n_cells of the 196 cells, in reading order: all that hold a thing, and some that do not."""
         things = {thing.patch: thing for thing in scene.things}
         empty = rng.sample([cell for cell in range(N_PATCHES) if cell not in things], self.n_cells - len(things))
-        words = [" " + say(things[cell], "en") if cell in things else " ." for cell in sorted([*things, *empty])]
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in words]
+        said = {cell: self._word_ids(" " + say(thing, "en")) for cell, thing in things.items()}
+        return [said.get(cell, self.nothing) for cell in sorted([*things, *empty])]
+
+    def _word_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def collate(samples: list[tuple[list[int], list[int], list]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
