@@ -11,6 +11,7 @@ eval_vlm_data.jsonl, eval_images/         one question a row about held-out scen
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,33 +20,33 @@ from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, Question, 
 from dataset.scenes import Scene, change_one, draw_scene, sample_scene
 
 SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
-SINGLE_TYPES = [question_type for question_type in QUESTION_TYPES if question_type not in PAIR_TYPES]
-PAIR_SHARE = 0.3  # of the dialogues are about two images
 LEAST_TURNS, MOST_TURNS = 6, 14
 
 
-def sample_scenes(rng: random.Random, held_out: bool, question_type: str | None = None) -> tuple[Scene, ...]:
-    """One scene, or two for a pair question (the second a small change of the first where the question needs that)."""
-    is_pair = rng.random() < PAIR_SHARE if question_type is None else question_type in PAIR_TYPES
-    if not is_pair:
+def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tuple[Scene, ...]:
+    """The scene a question of that type is about, or the two; for "difference" the second is a small change of the first."""
+    if question_type not in PAIR_TYPES:
         return (sample_scene(rng, held_out),)
-    if question_type == "difference" or (question_type is None and rng.random() < 0.5):
-        while True:
-            first = sample_scene(rng, held_out, rng.choice((1, 2, 2)))
-            second = change_one(rng, first, rng.choice(("color", "shape", "size", "place")))
-            if second:
-                return (first, second) if rng.random() < 0.5 else (second, first)
-    return tuple(sample_scene(rng, held_out, rng.choice((1, 2, 2))) for _ in range(2))
+    if question_type != "difference":
+        return tuple(sample_scene(rng, held_out, rng.choice((1, 2, 2))) for _ in range(2))
+    while True:
+        first = sample_scene(rng, held_out, n_things=1)
+        second = change_one(rng, first, rng.choice(("color", "shape", "size", "place")))
+        if second:
+            return first, second
 
 
-def sample_dialogue(rng: random.Random, language: str) -> tuple[tuple[Scene, ...], list[Question]]:
-    """Training scenes and up to 9 different questions about them; every type that fits is as likely as the others."""
+def sample_dialogue(
+    rng: random.Random, language: str, types: Sequence[str] = QUESTION_TYPES
+) -> tuple[tuple[Scene, ...], list[Question]]:
+    """Training scenes and different questions about them; every one of `types` that fits is as likely as the others."""
     questions: dict[str, Question] = {}
     while not questions:
-        scenes = sample_scenes(rng, held_out=False)
-        types = PAIR_TYPES if len(scenes) == 2 else SINGLE_TYPES
+        first_type = rng.choice(types)
+        scenes = sample_scenes(rng, held_out=False, question_type=first_type)
+        fitting = [name for name in types if (name in PAIR_TYPES) == (first_type in PAIR_TYPES)]
         for _ in range(rng.randint(LEAST_TURNS, MOST_TURNS)):
-            question = ask(rng, rng.choice(types), scenes, language)
+            question = ask(rng, rng.choice(fitting), scenes, language)
             if question:
                 questions[question.text] = question
     return scenes, list(questions.values())
@@ -60,10 +61,12 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
     return turns
 
 
-def dialogue_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+def dialogue_row(
+    rng: random.Random, index: int, types: Sequence[str] = QUESTION_TYPES
+) -> tuple[dict, tuple[Scene, ...]]:
     """Questions and answers about one scene, or two; a third of the single ones open with a request for a description."""
     language = rng.choice(LANGUAGES)
-    scenes, questions = sample_dialogue(rng, language)
+    scenes, questions = sample_dialogue(rng, language, types)
     pairs = [(question.text, question.answer) for question in questions]
     if len(scenes) == 1 and rng.random() < 0.35:
         pairs[0] = caption(scenes[0], language)
