@@ -21,6 +21,9 @@ from dataset.scenes import Scene, change_one, draw_scene, sample_scene
 
 SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
 LEAST_TURNS, MOST_TURNS = 6, 14
+DIALOGUE_TYPES = (  # what is learned slowest is asked most: to find a thing by its shape, to count
+    *QUESTION_TYPES, "color", "color", "count", "in_image",
+)  # fmt: skip
 
 
 def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tuple[Scene, ...]:
@@ -37,9 +40,9 @@ def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tup
 
 
 def sample_dialogue(
-    rng: random.Random, language: str, types: Sequence[str] = QUESTION_TYPES
+    rng: random.Random, language: str, types: Sequence[str] = DIALOGUE_TYPES
 ) -> tuple[tuple[Scene, ...], list[Question]]:
-    """Training scenes and different questions about them; every one of `types` that fits is as likely as the others."""
+    """Training scenes and different questions about them; each of `types` that fits is as likely as the next."""
     questions: dict[str, Question] = {}
     while not questions:
         first_type = rng.choice(types)
@@ -62,7 +65,7 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
 
 
 def dialogue_row(
-    rng: random.Random, index: int, types: Sequence[str] = QUESTION_TYPES
+    rng: random.Random, index: int, types: Sequence[str] = DIALOGUE_TYPES
 ) -> tuple[dict, tuple[Scene, ...]]:
     """Questions and answers about one scene, or two; a third of the single ones open with a request for a description."""
     language = rng.choice(LANGUAGES)

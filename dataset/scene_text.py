@@ -21,7 +21,7 @@ WORDS = {  # Chinese word for each English word that fills a slot
     "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "heart": "心形", "cross": "十字形",
     "small": "小的", "medium": "中等的", "large": "大的",
     "left": "左边", "right": "右边", "above": "上面", "below": "下面",
-    "first": "第一张", "second": "第二张", "color": "颜色", "size": "大小", "shape": "形状", "place": "位置",
+    "first": "第一张", "second": "第二张",
 }  # fmt: skip
 
 RELATION_ANSWER = {
@@ -87,8 +87,8 @@ TEMPLATES = {  # language -> text, or (question, answer)
         "zh": ("{which}图里的{shape}是什么颜色？", "{which}图里的{shape}是{color}。"),
     },
     "difference": {
-        "en": ("What changes from the first image to the second?", "{before} becomes {after}: {aspect}."),
-        "zh": ("两张图有什么不同？", "{before}变成{after}：{aspect}。"),
+        "en": ("What changes from the first image to the second?", "{before} becomes {after}."),
+        "zh": ("两张图有什么不同？", "{before}变成{after}。"),
     },
 }
 
@@ -197,9 +197,7 @@ def _ask_difference(rng: random.Random, first: Scene, second: Scene):
     changed = [(a, b) for a, b in zip(first.things, second.things) if a != b]
     if len(first.things) != len(second.things) or len(changed) != 1:
         return None
-    before, after = changed[0]
-    aspects = [name for name in ("color", "shape", "size", "place") if getattr(before, name) != getattr(after, name)]
-    return ("difference", {"before": before, "after": after, "aspect": aspects[0]}) if len(aspects) == 1 else None
+    return "difference", {"before": changed[0][0], "after": changed[0][1]}
 
 
 def _unique(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dataset.scene_set import dialogue_row, eval_row, text_row
+from dataset.scene_set import DIALOGUE_TYPES, dialogue_row, eval_row, text_row
 from dataset.scene_text import QUESTION_TYPES, say
 from dataset.scenes import GRID, Scene
 from model.checkpoint import save_atomically
@@ -43,9 +43,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (  # to find a thing by what is known of it comes first: all other answers are built on that
-    Stage(4, ("color", "shape", "size"), 500),
-    Stage(16, QUESTION_TYPES, 5000),
-    Stage(N_PATCHES, QUESTION_TYPES, 1800),
+    Stage(4, ("color", "color", "shape", "size"), 500),
+    Stage(16, DIALOGUE_TYPES, 3500),
+    Stage(N_PATCHES, DIALOGUE_TYPES, 1700),
 )
 POOL = 16  # batches drawn together and sorted by length, so that little is padded
 PLAIN_TEXT_SHARE = 0.1  # rows whose scenes are described in a sentence, as in the demo's lm_data.jsonl

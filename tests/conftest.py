@@ -41,7 +41,7 @@ def small_image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
 
 
-def small_model(seed: int = 0, vocab_size: int = 687, **sizes) -> MiniMindVLM:
+def small_model(seed: int = 0, vocab_size: int = 672, **sizes) -> MiniMindVLM:
     """A model of 2 layers with random weights."""
     tower = small_tower(seed)
     sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=512) | sizes

@@ -52,7 +52,7 @@ def test_a_published_file_loads_with_its_buffers(tmp_path):
 
 
 def test_a_base_language_model_has_no_projector(tmp_path):
-    weights = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, vocab_size=687)).state_dict()
+    weights = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, vocab_size=672)).state_dict()
     model = small_model()
     projector = model.vision_proj.vision_proj[0].weight.clone()
     load_weights(model, weights, "lm_64.pth", language_only=True)
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_weights(model, weights | {"layers.0.ffn_norm.weight": torch.ones(65)}, "x.pth")
     with pytest.raises(UserError, match=r"dim 128 with 3 layers.*--dim 128 --n_layers 3"):
         load_weights(model, weights_to_save(small_model(dim=128, n_layers=3)), "x.pth")
-    with pytest.raises(UserError, match="knows 700 tokens but the tokenizer has 687"):
+    with pytest.raises(UserError, match="knows 700 tokens but the tokenizer has 672"):
         load_weights(model, weights_to_save(small_model(vocab_size=700)), "x.pth")
     with pytest.raises(UserError, match="no MiniMind language model"):
         load_weights(model, {"lm_head.weight": torch.ones(3)}, "x.pth")

@@ -140,7 +140,7 @@ def test_load_1_reads_a_transformers_directory(setup, tower_dir, tokenizer, tmp_
     published = tmp_path / "MiniMind2-V"  # own key names, a config of its own type, code that must not run
     published.mkdir()
     torch.save(weights_to_save(model), published / "pytorch_model.bin")
-    sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 687, "max_seq_len": 512}
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 672, "max_seq_len": 512}
     config = {"model_type": "minimind-v", "auto_map": {"AutoConfig": "evil.Config"}} | sizes
     (published / "config.json").write_text(json.dumps(config))
     ask = ["--image", folder / "pictures/a.png", "--prompt", "What?", "--temperature", "0"]

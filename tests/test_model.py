@@ -58,7 +58,7 @@ def test_a_larger_tower_works_by_configuration(tokenizer):
     from transformers import CLIPVisionModel
 
     tower = CLIPVisionModel(config)
-    model = MiniMindVLM(VLMConfig.for_tower(tower.config, dim=64, n_layers=1, n_heads=4, vocab_size=687), tower)
+    model = MiniMindVLM(VLMConfig.for_tower(tower.config, dim=64, n_layers=1, n_heads=4, vocab_size=672), tower)
     size = {"height": 336, "width": 336}
     processor = VLMProcessor(
         tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size), model.config

@@ -115,8 +115,10 @@ def test_a_changed_scene_differs_in_one_aspect(seed, aspect):
     first = sample_scene(rng, held_out=False)
     second = change_one(rng, first, aspect)
     if second:
-        assert words_in(ask(rng, "difference", (first, second), "zh").answer)[-1] == aspect
-        assert ask(rng, "difference", (second, first), "en").answer.endswith(f": {aspect}.")
+        words = words_in(ask(rng, "difference", (first, second), "zh").answer)
+        differs = [name for name, old, new in zip(("size", "color", "shape", "place"), words, words[4:]) if old != new]
+        assert len(words) == 8 and differs == [aspect]
+        assert words_in(ask(rng, "difference", (second, first), "en").answer) == words[4:] + words[:4]
         assert not any(is_held_out(*thing.combination) for thing in second.things)
 
 
