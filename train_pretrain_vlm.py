@@ -21,7 +21,6 @@ DEFAULTS = dict(
     learning_rate=4e-4,
     max_seq_len=640,
     log_interval=100,
-    save_interval=100,
 )
 
 

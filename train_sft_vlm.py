@@ -21,7 +21,6 @@ DEFAULTS = dict(
     learning_rate=1e-6,
     max_seq_len=1536,
     log_interval=10,
-    save_interval=100,
 )
 
 

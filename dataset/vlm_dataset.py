@@ -109,7 +109,7 @@ class VLMDataset(Dataset):
         self.images_path = Path(images_path).resolve() if images_path else None
         self.processor, self.max_length = processor, max_length
         self.skipped: Counter[str] = Counter()
-        self.repaired = 0
+        self.repaired = self.n_images = 0
         if not self.data_path.is_file():
             raise MissingFileError(
                 f"no data at {data_path}: fetch {self.data_path.name} of jingyaogong/minimind-v_dataset into "
@@ -137,6 +137,7 @@ class VLMDataset(Dataset):
                 self.skipped[error.args[0]] += 1
                 continue
             self.repaired += surplus > 0
+            self.n_images += len(images)
             keys.append(key)
             lengths.append(
                 min(self.max_length, n_bytes // BYTES_PER_TOKEN + len(images) * self.processor.config.n_image_tokens)
@@ -188,6 +189,11 @@ class VLMDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def read_text(self, index: int) -> tuple[dict[str, torch.Tensor], list]:
+        """({input_ids, labels}, its images as `load_image` takes them), none opened."""
+        row, images = self.read(index)
+        return self.processor.encode_text(row["conversations"], images, self.max_length)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, images = self.read(index)

@@ -54,6 +54,7 @@ def _replacing(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(
             f"cannot write {path} ({error}): free some space or choose another folder; an older file is intact"
@@ -61,6 +62,14 @@ def _replacing(path: Path):
     finally:
         if partial.is_file():
             partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power failure too."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -74,19 +83,22 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             f"no weights at {path}: train them first, or fetch them with `hf download {PUBLISHED} "
             f"--local-dir {path.parent}`"
         )
+    weights = read_checkpoint(path)
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
+    return {name: weight for name, weight in weights.items() if not _IGNORED.search(name)}
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What a .pth or .safetensors file holds: tensors, numbers, text. UserError where it is cut off or holds anything else."""
     try:
-        weights = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(
             f"{path} is damaged or not a weights file ({type(error).__name__}): fetch or train it again"
         ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
-    return {name: weight for name, weight in weights.items() if not _IGNORED.search(name)}
 
 
 def load_weights(

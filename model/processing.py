@@ -128,6 +128,11 @@ class VLMProcessor:
         Labels are the answers and their `</s>`, -100 elsewhere, aligned with input_ids (the model shifts them). Cut at
         `max_length`, never inside an image; BadSampleError where no label is left or the row is malformed.
         """
+        sample, images = self.encode_text(conversations, images, max_length)
+        return sample | {"pixel_values": self.preprocess(images)}
+
+    def encode_text(self, conversations: list[dict], images: list, max_length: int) -> tuple[dict, list]:
+        """({input_ids, labels}, the images that are left after cutting) of `encode`; no image is opened."""
         turns, _ = match_image_tags(check_conversation(conversations), len(images))
         if turns[-1][0] == "user":
             turns = turns[:-1]  # nothing to learn from a question without an answer
@@ -136,7 +141,7 @@ class VLMProcessor:
         input_ids, labels = torch.tensor(input_ids[:length]), torch.tensor(labels[:length])
         if not count_labels(labels):
             raise BadSampleError("no answer within max_length", f"{max_length} tokens")
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": self.preprocess(images[:n_images])}
+        return {"input_ids": input_ids, "labels": labels}, images[:n_images]
 
     def encode_prompt(self, conversations: list[dict], n_images: int) -> torch.Tensor:
         """int64[1, T]: a dialogue that ends with a question, ready for `generate`. Surplus `<image>` tags are dropped."""
@@ -150,6 +155,11 @@ class VLMProcessor:
             size = self.image_processor.crop_size
             return torch.empty(0, 3, size["height"], size["width"])
         return self.image_processor([load_image(image) for image in images], return_tensors="pt")["pixel_values"]
+
+    def resize(self, image) -> torch.Tensor:
+        """uint8[3, H, W]: `preprocess` up to the point where bytes become floats, a quarter of the memory."""
+        resized = self.image_processor(load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt")
+        return resized["pixel_values"][0].to(torch.uint8)
 
     def _format_tokens(self, text: str) -> list[int]:
         """Ids of a piece of the chat format, such as "<s>user\\n"; there are few, so each is encoded once."""

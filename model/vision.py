@@ -63,6 +63,11 @@ def load_vision_encoder(path: str | Path = VISION_MODEL_PATH) -> tuple[CLIPVisio
     return tower.requires_grad_(False).eval(), image_processor
 
 
+def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8[k, 3, H, W] -> float32[k, 3, H, W], as CLIPImageProcessor's rescaling and normalisation; mean, std float[3, 1, 1]."""
+    return (pixels.float() / 255 - mean) / std
+
+
 @torch.no_grad()
 def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """float[k, 3, H, W] -> float[k, patches, width]: the last layer's states without the class token, before post_layernorm."""

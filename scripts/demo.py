@@ -26,7 +26,17 @@ MODEL_FLAGS = [
     "--dim", str(DIM), "--n_layers", str(N_LAYERS), "--device", "cpu",
     "--tokenizer", str(STAND_INS / "tokenizer"), "--vision_model", str(STAND_INS / "vision_model"),
 ]  # fmt: skip
-TRAIN_FLAGS = [*MODEL_FLAGS, "--dtype", "float32", "--out_dir", str(OUT), "--log_interval", "10"]
+TRAIN_FLAGS = [
+    *MODEL_FLAGS,
+    "--dtype",
+    "float32",
+    "--out_dir",
+    str(OUT),
+    "--log_interval",
+    "10",
+    "--feature_cache_gb",
+    "0",
+]
 ROWS = {"lm": 1280, "pretrain": 3200, "sft": 7200, "eval": 640}
 IMAGE_CHOICES = {
     "right": "accuracy",

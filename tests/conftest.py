@@ -117,10 +117,10 @@ def run_script(*command: str, **options) -> subprocess.CompletedProcess:
 
 def start_script(*command: str, **options) -> subprocess.Popen:
     """Start a script of the repository and leave it running, for signals and requests."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, **options,
     )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Which samples come together: nothing lost, nothing twice, the same optimizer steps however they are cut up."""
 
+from io import BytesIO
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import BadSampleError
-from trainer.batches import LengthBatches, SafeDataset, collate, make_loader
-from trainer.loop import learning_rate
+from trainer.batches import LengthBatches, TrainSamples, collate, find_nothing, make_loader
+from trainer.loop import learning_rate, warm_up
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda values: np.array(values, dtype=np.int32))
 
@@ -20,7 +23,7 @@ def test_every_sample_once_in_an_epoch_over_all_ranks(lengths, batch_size, accum
         batches = LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
         batches.epoch = epoch
         mine = list(batches)
-        assert len(mine) == len(batches) == batches.steps * accumulation_steps
+        assert len(mine) == len(batches) == batches.steps_left * accumulation_steps
         assert all(len(batch) <= batch_size for batch in mine)
         seen += [index for batch in mine for index in batch]
     assert sorted(seen) == list(range(len(lengths)))
@@ -61,22 +64,24 @@ class Samples:
     def __len__(self):
         return 5
 
-    def __getitem__(self, index):
+    def read_text(self, index):
         if index in (1, 4):
             raise BadSampleError("image damaged", "x.jpg")
         ids = torch.arange(3 + index)
-        return {"input_ids": ids, "labels": ids, "pixel_values": torch.ones(index % 2, 3, 4, 4)}
+        return {"input_ids": ids, "labels": ids}, [BytesIO(b"picture")] * (index % 2)
+
+    processor = SimpleNamespace(resize=lambda image: torch.ones(3, 4, 4, dtype=torch.uint8))
 
 
 def test_bad_samples_are_left_out_and_counted():
-    safe = SafeDataset(Samples())
+    safe = TrainSamples(Samples(), find_nothing)
     batch = collate([safe[i] for i in range(4)])
     assert batch.input_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]]
     assert batch.labels[0].tolist() == [0, 1, 2, -100, -100, -100]
-    assert batch.indices == [0, 2, 3] and batch.skipped == {"image damaged": 1} and len(batch.pixel_values) == 1
-    assert batch.n_labels == 2 + 4 + 5
+    assert batch.indices == [0, 2, 3] and batch.skipped == {"image damaged": 1} and len(batch.pixels) == 1
+    assert batch.n_labels == 2 + 4 + 5 and batch.n_padding == 3 + 1
     blank = collate([safe[1], safe[4]])
-    assert blank.n_labels == 0 and blank.skipped == {"image damaged": 2} and blank.pixel_values is None
+    assert blank.n_labels == 0 and blank.skipped == {"image damaged": 2} and blank.pixels is None
 
 
 def test_loader_workers_report_bad_samples():
@@ -90,4 +95,4 @@ def test_learning_rate_is_the_published_schedule():
     assert learning_rate(0, 100, 1e-3) == 1e-4 + 1e-3
     assert abs(learning_rate(50, 100, 1e-3) - (1e-4 + 0.5e-3)) < 1e-9
     assert abs(learning_rate(100, 100, 1e-3) - 1e-4) < 1e-9
-    assert learning_rate(0, 100, 1e-3, warmup_steps=10) < 1.2e-4 < learning_rate(9, 100, 1e-3, warmup_steps=10)
+    assert (warm_up(0, 10), warm_up(9, 10), warm_up(50, 10), warm_up(0, 0)) == (0.1, 1, 1, 1)

@@ -1,9 +1,12 @@
 """Which samples come together, and how they become tensors."""
 
+import hashlib
+import io
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ class LengthBatches(Sampler[list[int]]):
     An optimizer step takes world_size * accumulation_steps * batch_size samples; which ones depends on seed and epoch
     only. Each rank yields its accumulation_steps batches of every step; no sample is left out or repeated. In the last
     step, batches may be short or empty.
+
+    `epoch` and `taken` are the position in the data. A run that goes on with another number of samples in a step cuts
+    what is left of the epoch anew.
     """
 
     def __init__(
@@ -31,28 +37,61 @@ class LengthBatches(Sampler[list[int]]):
         self.lengths, self.batch_size, self.accumulation_steps = lengths, batch_size, accumulation_steps
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
         self.epoch = 0
+        self.taken: list[list[int]] = []  # [samples in a step, steps done] in this epoch, for each size of step
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps in an epoch."""
-        return -(-len(self.lengths) // (self.batch_size * self.accumulation_steps * self.world_size))
+    def step_size(self) -> int:
+        """Samples of an optimizer step, over all ranks."""
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    @property
+    def samples_taken(self) -> int:
+        """Samples of this epoch that are done."""
+        return min(len(self.lengths), sum(size * steps for size, steps in self.taken))
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps until the epoch ends."""
+        return -(-(len(self.lengths) - self.samples_taken) // self.step_size)
+
+    @property
+    def samples_done(self) -> int:
+        """Samples done over all epochs."""
+        return self.epoch * len(self.lengths) + self.samples_taken
+
+    def advance(self) -> None:
+        """An optimizer step is done."""
+        if not self.taken or self.taken[-1][0] != self.step_size:
+            self.taken.append([self.step_size, 0])
+        self.taken[-1][1] += 1
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.taken = epoch, []
 
     def __len__(self) -> int:
-        return self.steps * self.accumulation_steps
+        return self.steps_left * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         n_batches = self.accumulation_steps * self.world_size
-        for step in self._steps():
+        for step in self._steps_to_do():
             parts = [step[i * self.batch_size : (i + 1) * self.batch_size] for i in range(n_batches)]
             if len(step) < n_batches * self.batch_size:
                 parts = [part.tolist() for part in np.array_split(np.array(step, dtype=np.int64), n_batches)]
             yield from parts[self.rank :: self.world_size]
 
-    def _steps(self) -> list[list[int]]:
-        """Indices of the samples of every optimizer step of this epoch."""
+    def _steps_to_do(self) -> list[list[int]]:
+        """Indices of the samples of every optimizer step that is left of this epoch."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
-        step_size = self.batch_size * self.accumulation_steps * self.world_size
+        left = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        for index, (step_size, n_done) in enumerate(self.taken):
+            steps = self._cut(left, step_size, rng)
+            if step_size == self.step_size and index == len(self.taken) - 1:
+                return steps[n_done:]
+            left = left[~np.isin(left, [sample for step in steps[:n_done] for sample in step])]
+        return self._cut(left, self.step_size, rng)
+
+    def _cut(self, order: np.ndarray, step_size: int, rng: np.random.Generator) -> list[list[int]]:
+        """Steps of similar length: sorted within pools, then shuffled."""
         steps = []
         for start in range(0, len(order), POOL * step_size):
             pool = order[start : start + POOL * step_size]
@@ -70,8 +109,14 @@ class Batch:
 
     input_ids: torch.Tensor  # int64[B, T]
     labels: torch.Tensor  # int64[B, T]
-    pixel_values: torch.Tensor | None  # float[k, 3, H, W], or None without images
     indices: list[int]  # which samples these are
+    digests: list[bytes] = field(default_factory=list)  # of the files of the k images, in order
+    is_cached: torch.Tensor | None = (
+        None  # bool[k] on the host: whose features came from the cache; None without images
+    )
+    pixels: torch.Tensor | None = None  # uint8[m, 3, H, W] of the images that the tower has to see
+    cached_features: torch.Tensor | None = None  # 16 bits [k - m, patches, width] of the others
+    n_tokens: int = 0  # without padding
     skipped: Counter = field(default_factory=Counter)  # samples left out, by reason
 
     @property
@@ -79,27 +124,53 @@ class Batch:
         """Label tokens that the loss is a mean over."""
         return count_labels(self.labels)
 
+    @property
+    def n_padding(self) -> int:
+        return self.input_ids.numel() - self.n_tokens
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        names = ("input_ids", "labels", "pixels", "cached_features")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
     def to(self, device: torch.device) -> "Batch":
-        pixel_values = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            pixel_values=pixel_values,
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader, so that `to` need not wait."""
+        return self._map(torch.Tensor.pin_memory)
 
 
-class SafeDataset(Dataset):
-    """A dataset whose bad samples come out as (index, reason) in place of stopping the run."""
+class TrainSamples(Dataset):
+    """Samples with each image as (digest, cached features or uint8 pixels); a bad one comes out as (index, reason) in
+    place of stopping the run."""
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, find_features: Callable[[bytes], torch.Tensor | None]):
+        self.dataset, self.find_features = dataset, find_features
 
     def __getitem__(self, index: int) -> tuple[int, dict | str]:
         try:
-            return index, self.dataset[index]
+            sample, images = self.dataset.read_text(index)
+            return index, sample | {"images": [self._read_image(image) for image in images]}
         except BadSampleError as error:
             return index, error.args[0]
+
+    def _read_image(self, image: Path | io.BytesIO) -> tuple[bytes, torch.Tensor]:
+        encoded = read_image_file(image)
+        digest = hashlib.blake2b(encoded, digest_size=16).digest()
+        features = self.find_features(digest)
+        return digest, self.dataset.processor.resize(io.BytesIO(encoded)) if features is None else features
+
+
+def find_nothing(digest: bytes) -> None:
+    """`find_features` where there is no cache."""
+
+
+def read_image_file(image: Path | io.BytesIO) -> bytes:
+    try:
+        return image.getvalue() if isinstance(image, io.BytesIO) else image.read_bytes()
+    except OSError as error:
+        raise BadSampleError("image missing", f"{image} ({error.strerror})") from error
 
 
 def collate(samples: list[tuple[int, dict | str]]) -> Batch:
@@ -108,21 +179,30 @@ def collate(samples: list[tuple[int, dict | str]]) -> Batch:
     good = [(index, sample) for index, sample in samples if not isinstance(sample, str)]
     if not good:
         blank = torch.zeros(1, 2, dtype=torch.long)
-        return Batch(blank, torch.full_like(blank, IGNORE_INDEX), None, [], skipped)
+        return Batch(blank, torch.full_like(blank, IGNORE_INDEX), [], skipped=skipped)
     pad = torch.nn.utils.rnn.pad_sequence
-    images = torch.cat([sample["pixel_values"] for _, sample in good])
+    images = [image for _, sample in good for image in sample["images"]]
+    pixels = [image for _, image in images if image.dtype == torch.uint8]
+    cached = [image for _, image in images if image.dtype != torch.uint8]
     return Batch(
         input_ids=pad([sample["input_ids"] for _, sample in good], batch_first=True, padding_value=0),
         labels=pad([sample["labels"] for _, sample in good], batch_first=True, padding_value=IGNORE_INDEX),
-        pixel_values=images if len(images) else None,
         indices=[index for index, _ in good],
+        digests=[digest for digest, _ in images],
+        is_cached=torch.tensor([image.dtype != torch.uint8 for _, image in images]) if images else None,
+        pixels=torch.stack(pixels) if pixels else None,
+        cached_features=torch.stack(cached) if cached else None,
+        n_tokens=sum(len(sample["input_ids"]) for _, sample in good),
         skipped=skipped,
     )
 
 
-def make_loader(dataset: Dataset, batches: LengthBatches, num_workers: int, pin_memory: bool = False) -> DataLoader:
+def make_loader(
+    dataset, batches: LengthBatches, num_workers: int, find_features=find_nothing, pin_memory: bool = False
+) -> DataLoader:
+    """Batches of `dataset`, which has `read_text`, `processor` and `lengths`, in the order that `batches` gives."""
     return DataLoader(
-        SafeDataset(dataset),
+        TrainSamples(dataset, find_features),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

@@ -9,7 +9,7 @@ from model.vision import VISION_MODEL_PATH
 
 def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     """Read the command line. `defaults` are the stage's own: save_name, init_name, epochs, batch_size, learning_rate,
-    data_path, images_path, max_seq_len, log_interval, save_interval."""
+    data_path, images_path, max_seq_len, log_interval."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     group = parser.add_argument_group("data")
@@ -30,6 +30,15 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
     group.add_argument(
         "--init_weights", help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random"
+    )
+
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--feature_cache", help="folder where the tower's features are kept (OUT_DIR/features where not given)"
+    )
+    group.add_argument("--feature_cache_gb", type=float, default=20, help="largest size of it; 0: no cache")
+    group.add_argument(
+        "--time_split", action="store_true", help="on a GPU, log the time of each part of a step (slower)"
     )
 
     group = parser.add_argument_group("learning")
@@ -55,7 +64,14 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     group.add_argument("--out_dir", default="out", help="folder of weights, logs and curves")
     group.add_argument("--save_name", help="weights go to OUT_DIR/SAVE_NAME_DIM.pth")
     group.add_argument("--log_interval", type=int, help="steps between log lines")
-    group.add_argument("--save_interval", type=int, help="steps between saves")
+    group.add_argument(
+        "--save_interval", type=int, default=None, help="steps between saves (once a minute where not given)"
+    )
+    group.add_argument(
+        "--resume", nargs="?", const="yes", choices=("yes", "auto"),
+        help="go on with the last checkpoint of OUT_DIR/SAVE_NAME_DIM.resume; auto: or start anew where there is none",
+    )  # fmt: skip
+    group.add_argument("--keep_checkpoints", type=int, default=1, help="checkpoints to keep; older ones are removed")
     group.add_argument(
         "--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline needs no account)"
     )
@@ -63,7 +79,15 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
 
     parser.set_defaults(**defaults)
     args = parser.parse_args()
-    for name in ("batch_size", "accumulation_steps", "epochs", "log_interval", "save_interval", "max_seq_len"):
-        if getattr(args, name) < 1:
+    for name in (
+        "batch_size",
+        "accumulation_steps",
+        "epochs",
+        "log_interval",
+        "save_interval",
+        "max_seq_len",
+        "keep_checkpoints",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be at least 1")
     return args

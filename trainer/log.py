@@ -6,30 +6,54 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from model.checkpoint import save_text
 from model.errors import UserError
 
 
 class RunLog:
     """Log of one run. On ranks other than 0 every method does nothing.
 
-    SAVE_NAME_DIM.log.jsonl gets one object a line, SAVE_NAME_DIM.png the curve of what it holds.
+    SAVE_NAME_DIM.log.jsonl gets one object a line, SAVE_NAME_DIM.png the curve of what it holds. A run that goes on at
+    `first_step` keeps the lines up to there.
     """
 
-    def __init__(self, path: Path, total_steps: int, args, is_main: bool):
+    def __init__(self, path: Path, first_step: int, total_steps: int, args, is_main: bool):
         self.path, self.is_main, self.wandb = path, is_main, None
         self.train_points: list[tuple[int, float]] = []
         self.val_points: list[tuple[int, float]] = []
         self.start_time = time.perf_counter()
         self.progress = tqdm(
-            total=total_steps, desc=path.name.removesuffix(".log.jsonl"), unit="step", disable=not is_main
+            initial=first_step,
+            total=total_steps,
+            desc=path.name.removesuffix(".log.jsonl"),
+            unit="step",
+            disable=not is_main,
         )
         if not is_main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "w", encoding="utf-8", buffering=1)
+        kept = self._keep_lines(first_step) if first_step else []
+        save_text("".join(line + "\n" for line in kept), path)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
         self._write(event="start", **{name: value for name, value in vars(args).items() if value is not None})
         if args.use_wandb:
             self._start_wandb(args)
+
+    def _keep_lines(self, first_step: int) -> list[str]:
+        """Lines of the log so far, without those of steps that will be done again; the curve's points are read off them."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was killed
+            if record.get("step", 0) <= first_step:
+                kept.append(line)
+                if record["event"] == "train":
+                    self.train_points.append((record["step"], record["loss"]))
+                elif record["event"] == "validation":
+                    self.val_points.append((record["step"], record["val_loss"]))
+        return kept
 
     def _start_wandb(self, args) -> None:
         import wandb
@@ -43,9 +67,11 @@ class RunLog:
                 f"--use_wandb cannot start ({reason}): run `wandb login`, or set WANDB_MODE=offline"
             ) from error
 
-    def step(self, loss: float) -> None:
+    def step(self) -> None:
         """One optimizer step is done."""
         self.progress.update()
+
+    def show_loss(self, loss: float) -> None:
         if self.is_main:
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 

@@ -4,22 +4,24 @@ import itertools
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from model.checkpoint import save_atomically, weights_path, weights_to_save
 from model.errors import UserError, list_reasons
 from model.model_vlm import MiniMindVLM
 from trainer.batches import Batch, LengthBatches, make_loader
+from trainer.checkpoints import Checkpoints, Progress
+from trainer.features import ImageEncoder, open_cache
 from trainer.log import RunLog
+from trainer.meter import LossWatch, Meter
 from trainer.runtime import Runtime
+
+SAVE_SECONDS = 60  # between saves, where --save_interval is not given
 
 
 def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, args, runtime: Runtime) -> None:
@@ -27,137 +29,165 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     batches = LengthBatches(
         train_data.lengths, args.batch_size, args.accumulation_steps, runtime.rank, runtime.world_size, args.seed
     )
-    total_steps = min(args.epochs * batches.steps, args.max_steps or math.inf)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=args.learning_rate, fused=runtime.device.type in ("cpu", "cuda"))
-    network = DistributedDataParallel(model, broadcast_buffers=False) if runtime.world_size > 1 else model
-    loader = make_loader(train_data, batches, count_workers(args.num_workers, runtime), runtime.device.type == "cuda")
+    checkpoints = Checkpoints(model, optimizer, batches, args, runtime)
+    progress = checkpoints.resume()
+    total_steps = count_steps(progress, batches, args)
+    total_samples = min(
+        args.epochs * len(train_data), batches.samples_done + (total_steps - progress.step) * batches.step_size
+    )
     describe_run(args, train_data, learned, total_steps, runtime)
+    cache = open_cache(args, model, train_data.processor.image_processor, train_data.n_images, runtime)
+    images = ImageEncoder(model.vision_encoder, train_data.processor.image_processor, cache, runtime)
+    network = DistributedDataParallel(model, forward_sync_buffers=False) if runtime.world_size > 1 else model
+    loader = make_loader(
+        train_data,
+        batches,
+        count_workers(args.num_workers, runtime),
+        images.find_features,
+        runtime.device.type == "cuda",
+    )
 
-    out = weights_path(args.out_dir, args.save_name, args.dim)
-    log = RunLog(out.with_suffix(".log.jsonl"), total_steps, args, runtime.is_main)
-    meter = Meter()
-    step = 0
+    out = checkpoints.weights
+    log = RunLog(out.with_suffix(".log.jsonl"), progress.step, total_steps, args, runtime.is_main)
+    meter, losses = Meter(runtime, args.time_split), LossWatch(args.data_path)
+    stop_requested = False
+    saved_at = time.monotonic()
     runtime.stop.listen()
     model.train()
-    with failures_explained(args, out, log):
-        for epoch, is_epoch_end, micro_batches in optimizer_steps(loader, batches, args, total_steps):
-            rate = learning_rate(step, total_steps, args.learning_rate, args.warmup_iters)
+    with failures_explained(args, checkpoints, log):
+        for micro_batches in optimizer_steps(loader, batches, args, meter):
+            torch.manual_seed(args.seed + runtime.rank + runtime.world_size * progress.step)  # for dropout
+            rate = learning_rate(batches.samples_done, total_samples, args.learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * warm_up(progress.step, args.warmup_iters)
 
-            loss, n_labels, stop_requested = accumulate_gradients(network, micro_batches, runtime)
-            if not math.isfinite(loss):
-                samples = sorted(index for batch in micro_batches for index in batch.indices)
-                raise UserError(
-                    f"the loss is {loss} at step {step + 1}, samples {samples} of {args.data_path}: "
-                    "look at these rows, or lower --learning_rate"
-                )
-            nn.utils.clip_grad_norm_(learned, args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = accumulate_gradients(network, images, micro_batches, meter, runtime)
+            with meter.timed("optimizer"):
+                grad_norm = nn.utils.clip_grad_norm_(learned, args.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            batches.advance()
+            progress.step += 1
+            meter.add(micro_batches)
+            losses.add(progress.step, loss, grad_norm, micro_batches)
+            log.step()
 
-            step += 1
-            meter.add(micro_batches, n_labels)
-            log.step(loss)
-            if step % args.log_interval == 0 or step == total_steps:
-                log.train(step, epoch=epoch + 1, loss=loss, learning_rate=rate, **meter.rates())
-            if stop_requested:
+            is_end = progress.step == total_steps
+            is_log_due = is_end or progress.step % args.log_interval == 0
+            is_save_due = is_end or (args.save_interval and progress.step % args.save_interval == 0)
+            is_validation_due = val_data is not None and (is_end or batches.steps_left == 0)
+            if not (is_log_due or is_save_due or is_validation_due or runtime.reads_every_step(progress.step)):
+                continue  # a GPU is not kept waiting
+            loss, grad_norm = losses.read()
+            log.show_loss(loss)
+            stop_requested = runtime.any_rank(bool(runtime.stop.received))
+            if is_log_due:
+                log.train(
+                    progress.step, epoch=batches.epoch + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate,
+                    **meter.rates(runtime),
+                )  # fmt: skip
+            if is_validation_due and not stop_requested:
+                validate(model, images, val_data, progress, checkpoints, log, args, runtime)
+            if not args.save_interval and time.monotonic() > saved_at + SAVE_SECONDS:
+                is_save_due = True
+            if is_save_due or stop_requested:
+                checkpoints.save(progress)
+                saved_at = time.monotonic()
+            if is_end or stop_requested:
                 break
-            if val_data is not None and (is_epoch_end or step == total_steps):
-                log.validation(step, validation_loss(model, val_data, args, runtime))
-            if step % args.save_interval == 0 and step < total_steps:
-                save(model, out, runtime)
-        save(model, out, runtime)
+        images.close()
         dtype = str(runtime.dtype).removeprefix("torch.")  # what --dtype came to on this device
-        log.event("end", step=step, total_steps=total_steps, weights=str(out), skipped=dict(meter.skipped), dtype=dtype)
-    report_end(out, step, total_steps, meter, runtime)
+        log.event(
+            "end",
+            step=progress.step,
+            total_steps=total_steps,
+            weights=str(out),
+            skipped=dict(meter.skipped),
+            dtype=dtype,
+        )
+    report_end(checkpoints, progress, total_steps, meter, runtime)
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
-    """The published schedule, lr/10 + lr/2 * (1 + cos(pi * step / total)), times a linear warm-up."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return warmup * (peak / 10 + peak / 2 * (1 + math.cos(math.pi * step / total_steps)))
+def count_steps(progress: Progress, batches: LengthBatches, args) -> int:
+    """Optimizer steps of the whole run, those before a resume among them."""
+    full_epoch = -(-len(batches.lengths) // batches.step_size)
+    steps = progress.step + batches.steps_left + max(0, args.epochs - batches.epoch - 1) * full_epoch
+    return max(progress.step, min(steps, args.max_steps or steps))
 
 
-def optimizer_steps(
-    loader: DataLoader, batches: LengthBatches, args, total_steps: int
-) -> Iterator[tuple[int, bool, list[Batch]]]:
-    """(epoch, whether the epoch ends with it, its batches) of every optimizer step, `total_steps` in all."""
-    steps_left = total_steps
-    for epoch in range(args.epochs):
-        batches.epoch = epoch
+def learning_rate(done: float, total: float, peak: float) -> float:
+    """The published schedule, lr/10 + lr/2 * (1 + cos(pi * done / total)); counted in samples, so that it goes on evenly
+    where a run is resumed with another batch size."""
+    return peak / 10 + peak / 2 * (1 + math.cos(math.pi * done / total))
+
+
+def warm_up(step: int, warmup_steps: int) -> float:
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def optimizer_steps(loader: DataLoader, batches: LengthBatches, args, meter: Meter) -> Iterator[list[Batch]]:
+    """The batches of every optimizer step that is left, epoch by epoch."""
+    while batches.steps_left or batches.epoch + 1 < args.epochs:
+        if not batches.steps_left:
+            batches.start_epoch(batches.epoch + 1)
         iterator = iter(loader)
-        for step in range(min(batches.steps, steps_left)):
-            yield epoch, step == batches.steps - 1, list(itertools.islice(iterator, args.accumulation_steps))
-        steps_left -= batches.steps
+        for _ in range(batches.steps_left):
+            with meter.timed("data"):
+                micro_batches = list(itertools.islice(iterator, args.accumulation_steps))
+            yield micro_batches
 
 
-def accumulate_gradients(network: nn.Module, micro_batches: list[Batch], runtime: Runtime) -> tuple[float, int, bool]:
-    """Add up the gradient of the mean loss over *all* label tokens of the step, on all ranks.
-
-    Returns (that loss, its label tokens, whether any rank was asked to stop).
-    """
+def accumulate_gradients(
+    network: nn.Module, images: ImageEncoder, micro_batches: list[Batch], meter: Meter, runtime: Runtime
+) -> torch.Tensor:
+    """Add up the gradient of the mean loss over *all* label tokens of the step, on all ranks; returns that loss, float[]."""
     counts = [batch.n_labels for batch in micro_batches]
-    n_labels, n_stops = runtime.sum_over_ranks(sum(counts), bool(runtime.stop.received))
-    loss_sum = 0.0
+    n_labels = runtime.sum_on_device(sum(counts)).clamp(min=1)
+    loss_sum = torch.zeros((), device=runtime.device)
     for index, (batch, count) in enumerate(zip(micro_batches, counts)):
         waits = isinstance(network, DistributedDataParallel) and index < len(micro_batches) - 1
         with network.no_sync() if waits else nullcontext():  # ranks exchange gradients once a step
             batch = batch.to(runtime.device)
             with runtime.autocast():
-                loss = network(batch.input_ids, batch.pixel_values, batch.labels, return_logits=False).loss
-            (loss * (count * runtime.world_size / max(n_labels, 1))).backward()  # DDP will divide by world_size
-            loss_sum += loss.item() * count
-    (loss_sum,) = runtime.sum_over_ranks(loss_sum)
-    return loss_sum / max(n_labels, 1), int(n_labels), n_stops > 0
+                with meter.timed("vision"):
+                    image_features = images.features(batch)
+                with meter.timed("forward"):
+                    loss = network(
+                        batch.input_ids, labels=batch.labels, image_features=image_features, return_logits=False
+                    ).loss
+            with meter.timed("backward"):
+                (loss * (count * runtime.world_size / n_labels)).backward()  # DDP will divide by world_size
+            loss_sum += loss.detach() * count
+    return runtime.sum_on_device(loss_sum) / n_labels
 
 
 @torch.no_grad()
-def validation_loss(model: MiniMindVLM, val_data: Dataset, args, runtime: Runtime) -> float:
-    """Mean loss over all label tokens of `val_data`, shared out among the ranks."""
+def validate(
+    model: MiniMindVLM, images: ImageEncoder, val_data: Dataset, progress: Progress,
+    checkpoints: Checkpoints, log: RunLog, args, runtime: Runtime,
+) -> None:  # fmt: skip
+    """Log the mean loss over all label tokens of `val_data`, shared out among the ranks; keep the best weights."""
     model.eval()
     batches = LengthBatches(
         val_data.lengths, args.batch_size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False
     )
-    loss_sum, n_labels = 0.0, 0
-    for batch in make_loader(val_data, batches, num_workers=0):
+    loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
+    for batch in make_loader(val_data, batches, 0, images.find_features):
         batch, count = batch.to(runtime.device), batch.n_labels
         with runtime.autocast():
-            loss = model(batch.input_ids, batch.pixel_values, batch.labels, return_logits=False).loss
-        loss_sum, n_labels = loss_sum + loss.item() * count, n_labels + count
-    loss_sum, n_labels = runtime.sum_over_ranks(loss_sum, n_labels)
+            output = model(
+                batch.input_ids, labels=batch.labels, image_features=images.features(batch), return_logits=False
+            )
+        loss_sum, n_labels = loss_sum + output.loss * count, n_labels + count
+    loss_sum, n_labels = runtime.sum_over_ranks(loss_sum.item(), n_labels)
     model.train()
-    return loss_sum / max(n_labels, 1)
-
-
-def save(model: MiniMindVLM, out: Path, runtime: Runtime) -> None:
-    if runtime.is_main:
-        save_atomically(weights_to_save(model), out)
-
-
-class Meter:
-    """Counts what this rank has seen: images, label tokens of all ranks, samples left out."""
-
-    def __init__(self):
-        self.skipped: Counter[str] = Counter()
-        self._restart()
-
-    def _restart(self) -> None:
-        self.images, self.labels, self.since = 0, 0, time.perf_counter()
-
-    def add(self, micro_batches: list[Batch], n_labels: int) -> None:
-        for batch in micro_batches:
-            self.skipped.update(batch.skipped)
-            self.images += 0 if batch.pixel_values is None else len(batch.pixel_values)
-        self.labels += n_labels
-
-    def rates(self) -> dict[str, float]:
-        """Means since the last call."""
-        seconds = time.perf_counter() - self.since
-        rates = {"images_per_second": self.images / seconds, "label_tokens_per_second": self.labels / seconds}
-        self._restart()
-        return {name: round(rate, 2) for name, rate in rates.items()}
+    loss = loss_sum / max(n_labels, 1)
+    log.validation(progress.step, loss)
+    if loss < progress.best_val_loss:
+        progress.best_val_loss = loss
+        checkpoints.save_best()
 
 
 def count_workers(asked: int | None, runtime: Runtime) -> int:
@@ -183,12 +213,12 @@ def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_s
 
 
 @contextmanager
-def failures_explained(args, out: Path, log: RunLog):
-    """Close the log whatever happens; where a run fails, name the last weights, and the flag to lower if memory ran out."""
+def failures_explained(args, checkpoints: Checkpoints, log: RunLog):
+    """Close the log whatever happens; where a run fails, name the last checkpoint, and the flag to lower if memory ran out."""
     try:
         yield
     except Exception as error:
-        saved = f"; the last saved weights are intact: {out}" if out.is_file() else ""
+        saved = checkpoints.describe_last()
         if isinstance(error, UserError):
             raise UserError(f"{error}{saved}") from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
@@ -196,14 +226,22 @@ def failures_explained(args, out: Path, log: RunLog):
                 f"a batch does not fit in memory: lower --batch_size (now {args.batch_size}) and raise --accumulation_steps "
                 f"(now {args.accumulation_steps}) as much, or lower --max_seq_len (now {args.max_seq_len}){saved}"
             ) from error
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                f"a process that reads data died ({str(error).splitlines()[0]}): lower --num_workers or free some memory{saved}"
+            ) from error
         raise
     finally:
         log.close()
 
 
-def report_end(out: Path, step: int, total_steps: int, meter: Meter, runtime: Runtime) -> None:
+def report_end(checkpoints: Checkpoints, progress: Progress, total_steps: int, meter: Meter, runtime: Runtime) -> None:
     if meter.skipped:
         runtime.say(f"skipped while training: {list_reasons(meter.skipped)}")
-    if step < total_steps:
-        runtime.say(f"stopped by {runtime.stop.received or 'another rank'} after step {step} of {total_steps}")
+    if progress.step < total_steps:
+        runtime.say(
+            f"stopped by {runtime.stop.received or 'another rank'} after step {progress.step} of {total_steps}; "
+            "the same command with --resume goes on"
+        )
+    out = checkpoints.weights
     runtime.say(f"weights: {out}\ncurve: {out.with_suffix('.png')}\nlog: {out.with_suffix('.log.jsonl')}")

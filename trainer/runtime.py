@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError
+
+GPU_STEPS_UNREAD = 16  # steps that a GPU may be ahead of the host
 
 
 @dataclass
@@ -58,6 +61,34 @@ class Runtime:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_on_device(self, value: float | torch.Tensor) -> torch.Tensor:
+        """float[] on the device, summed over all processes; the host does not wait for it."""
+        total = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any_rank(self, flag: bool) -> bool:
+        return self.sum_over_ranks(flag)[0] > 0
+
+    def reads_every_step(self, step: int) -> bool:
+        """Whether losses and signals are read now: always on a CPU, every few steps on a GPU, lest it idle."""
+        return self.device.type != "cuda" or step % GPU_STEPS_UNREAD == 0
+
+    def from_main(self, make: Callable[[], object]) -> object:
+        """What `make` returns in the main process, in every process; an error of it is raised in every process."""
+        result: list = [None, None]
+        if self.is_main:
+            try:
+                result[0] = make()
+            except Exception as error:
+                result[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, device=self.device)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
     def close(self) -> None:
         if self.world_size > 1:

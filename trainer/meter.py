@@ -1,0 +1,95 @@
+"""What a run does with its time, and whether its loss is still a number."""
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from model.errors import UserError
+from trainer.batches import Batch
+from trainer.runtime import Runtime
+
+PARTS = ("data", "vision", "forward", "backward", "optimizer")  # of a step
+
+
+class Meter:
+    """Counts what this rank has seen since the last report: images, tokens, seconds of each part of a step.
+
+    On a GPU the parts are timed with `time_split` only, since the host has to wait for the device at each of them.
+    """
+
+    def __init__(self, runtime: Runtime, time_split: bool = False):
+        self.skipped: Counter[str] = Counter()
+        self.cuda = runtime.device if runtime.device.type == "cuda" else None
+        self.times_parts = self.cuda is None or time_split
+        self._restart()
+
+    def _restart(self) -> None:
+        self.images, self.labels, self.tokens, self.padding = 0, 0, 0, 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of this block to `part`."""
+        if part != "data" and not self.times_parts:
+            yield
+            return
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[part] += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.cuda is not None and self.times_parts:
+            torch.cuda.synchronize(self.cuda)
+
+    def add(self, micro_batches: list[Batch]) -> None:
+        for batch in micro_batches:
+            self.skipped.update(batch.skipped)
+            self.images += len(batch.digests)
+            self.labels += batch.n_labels
+            self.tokens += batch.input_ids.numel()
+            self.padding += batch.n_padding
+
+    def rates(self, runtime: Runtime) -> dict[str, float]:
+        """Means over all ranks since the last call."""
+        seconds = time.perf_counter() - self.since
+        images, labels, tokens, padding = runtime.sum_over_ranks(self.images, self.labels, self.tokens, self.padding)
+        rates = {
+            "images_per_second": images / seconds,
+            "label_tokens_per_second": labels / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": padding / max(tokens, 1),
+        }
+        rates |= {f"{part}_share": self.seconds[part] / seconds for part in PARTS if part in self.seconds}
+        self._restart()
+        return {name: round(rate, 4) for name, rate in rates.items()}
+
+
+class LossWatch:
+    """The losses of the last steps, left on the device until somebody reads them: reading makes the host wait."""
+
+    def __init__(self, data_path: str):
+        self.data_path = data_path
+        self._unread: list[tuple[int, torch.Tensor, list[int]]] = []
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, micro_batches: list[Batch]) -> None:
+        samples = sorted(index for batch in micro_batches for index in batch.indices)
+        self._unread.append((step, torch.stack((loss, grad_norm)), samples))
+
+    def read(self) -> tuple[float, float]:
+        """The latest loss and gradient norm. UserError that names step and rows of the first one that is not finite."""
+        unread, self._unread = self._unread, []
+        values = torch.stack([values for _, values, _ in unread]).tolist()
+        for (step, _, samples), (loss, grad_norm) in zip(unread, values):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise UserError(
+                    f"the loss is {loss} and its gradient {grad_norm} long at step {step}, samples {samples} of "
+                    f"{self.data_path}: look at these rows, or lower --learning_rate"
+                )
+        return loss, grad_norm
