@@ -6,6 +6,8 @@ import torch
 
 from model.model_lm import KVCache
 
+LIKELIEST = 256  # tokens ranked at first on a CPU: a tenth of the time that sorting all takes, and nearly always enough
+
 
 @torch.no_grad()
 def prefill(
@@ -35,11 +37,15 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tens
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / temperature).softmax(dim=-1)
-    if top_p < 1:
+    if top_p == 1:
+        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+    n_ranked = min(LIKELIEST, logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[-1]
+    ranked, order = probabilities.topk(n_ranked, dim=-1)
+    if n_ranked < logits.shape[-1] and (ranked.sum(dim=-1) < top_p).any():
         ranked, order = probabilities.sort(dim=-1, descending=True)
-        outside = ranked.cumsum(dim=-1) - ranked >= top_p  # the token that crosses top_p still belongs
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked.masked_fill(outside, 0.0))
-    return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+    outside = ranked.cumsum(dim=-1) - ranked >= top_p  # the token that crosses top_p still belongs
+    choice = torch.multinomial(ranked.masked_fill(outside, 0.0), num_samples=1)
+    return order.gather(-1, choice).squeeze(-1)
 
 
 def generate(

@@ -1,0 +1,49 @@
+"""Smaller weights for decoding on a CPU: a token costs one pass over all weights, so bytes are time."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.model_lm import MiniMindLM
+
+FEW_ROWS = 8  # up to here a product is bound by reading the weights
+
+
+class CompactLinear(nn.Module):
+    """A frozen linear layer without bias in `float16`, or in `int8` with one scale for each output.
+
+    A few rows (decoding) go through torch's kernel for the format; many (a prompt) through the weights made float again.
+    """
+
+    def __init__(self, linear: nn.Linear, form: str):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.form = form
+        if form == "float16":
+            scale = torch.ones(len(weight), 1)
+            compact = weight.half()
+        else:
+            scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127  # (out, 1)
+            compact = (weight / scale).round().to(torch.int8)
+        self.register_buffer("compact", compact)
+        self.register_buffer("scale", scale)
+        self.register_buffer("kernel_scale", scale[:, 0].bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x[..., 0].numel() > FEW_ROWS:
+            return F.linear(x, self.compact.to(x.dtype) * self.scale.to(x.dtype))
+        if self.form == "float16":
+            return F.linear(x.half(), self.compact).to(x.dtype)
+        product = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.compact, self.kernel_scale)  # (rows, out)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def compact_weights(model: MiniMindLM, form: str) -> None:
+    """Keep the linear layers of the language model, and its head, in `form`: float16 or int8 (float32 leaves them alone)."""
+    if form == "float32":
+        return
+    for module in list(model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, CompactLinear(child, form))
+    model.output = CompactLinear(model.output, form)

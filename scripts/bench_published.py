@@ -1,0 +1,183 @@
+"""The published recipe of early 2025, in our own words, to measure against: one row of `scripts/bench.py train`.
+
+What it does on purpose: every sample is padded to --max_seq_len, all of CLIP is loaded and its vision half run in every step, the
+head is computed at every position and masked afterwards, pictures are spliced in one sample at a time, samples come in
+the order of the file, worker processes make float pixels through CLIPProcessor, numbers are float32 on a CPU and
+autocast on a GPU, nothing is compiled. `--levers` replaces single parts by ours. Prints one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPConfig, CLIPModel
+
+from model.LMConfig import VLMConfig
+from model.model_lm import MiniMindLM
+from model.model_vlm import MiniMindVLM
+from model.processing import load_tokenizer
+from model.vision import load_vision_encoder, patch_features
+
+LEVERS = ("bf16", "trim", "head", "vision_half", "cache")
+
+
+class PublishedDataset(Dataset):
+    """Rows held in memory as parsed JSON; each sample tokenised by the chat template and padded to max_length when asked for."""
+
+    def __init__(self, args, tokenizer, image_processor, config: VLMConfig):
+        self.rows = [json.loads(line) for line in Path(args.data_path).read_text(encoding="utf-8").splitlines()]
+        self.args, self.tokenizer, self.image_processor, self.config = args, tokenizer, image_processor, config
+        self.bos = tokenizer("<s>assistant", add_special_tokens=False).input_ids
+        self.eos = tokenizer("</s>", add_special_tokens=False).input_ids
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        row, placeholder = self.rows[index], self.config.image_special_token
+        messages = [
+            {"role": ("user", "assistant")[n % 2], "content": turn["content"].replace("<image>", placeholder)}
+            for n, turn in enumerate(row["conversations"])
+        ]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        input_ids = self.tokenizer(text).input_ids[: self.args.max_seq_len]
+        input_ids += [0] * (self.args.max_seq_len - len(input_ids))
+        mask = self._mask_answers(input_ids)
+        images = [
+            self.image_processor(Image.open(f"{self.args.images_path}/{name.strip()}"), return_tensors="pt")[
+                "pixel_values"
+            ]
+            for name in row["image"].split(",")
+        ]
+        return torch.tensor(input_ids[:-1]), torch.tensor(input_ids[1:]), torch.tensor(mask[1:]), torch.stack(images)
+
+    def _mask_answers(self, input_ids: list[int]) -> list[int]:
+        """1 at the tokens of answers and their end, found by going through the ids one by one."""
+        mask, position = [0] * len(input_ids), 0
+        while position < len(input_ids):
+            if input_ids[position : position + len(self.bos)] != self.bos:
+                position += 1
+                continue
+            start = end = position + len(self.bos)
+            while end < len(input_ids) and input_ids[end : end + len(self.eos)] != self.eos:
+                end += 1
+            for answer in range(start + 1, min(end + len(self.eos) + 1, len(input_ids))):
+                mask[answer] = 1
+            position = end + len(self.eos)
+        return mask
+
+
+def splice(embeddings: torch.Tensor, input_ids: torch.Tensor, patches: torch.Tensor, config: VLMConfig) -> torch.Tensor:
+    """Replace runs of placeholders sample by sample, by concatenation; patches float[B, images, n_image_tokens, dim]."""
+    size, rows = config.n_image_tokens, []
+    wanted = torch.tensor(config.image_ids, device=input_ids.device)
+    matches = (input_ids.unfold(1, size, 1) == wanted).all(dim=2)
+    for index, row in enumerate(embeddings):
+        for number, start in enumerate(matches[index].nonzero()[:, 0].tolist()[: patches.shape[1]]):
+            row = torch.cat((row[:start], patches[index, number], row[start + size :]))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def build(args) -> tuple[MiniMindVLM, nn.Module, object, VLMConfig]:
+    """(model without a tower, tower, image processor, config) with random weights and what the stage learns."""
+    tower, image_processor = load_vision_encoder(args.vision_model)
+    if "vision_half" not in args.levers:  # the text half takes its place in memory too
+        clip = CLIPModel(CLIPConfig(vision_config=tower.config)).requires_grad_(False).eval()
+        clip.vision_model.load_state_dict(tower.state_dict(), strict=False)
+        tower.text_half = clip
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = VLMConfig.for_tower(tower.config, dim=args.dim, n_layers=args.n_layers, vocab_size=len(tokenizer))
+    model = MiniMindVLM(config)
+    learned = ("vision_proj.", f"layers.{args.n_layers - 1}.") if args.stage == "pretrain" else ("",)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(learned))
+    return model.to(args.device), tower.to(args.device), image_processor, config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", choices=("pretrain", "sft"), required=True, help="what learns")
+    parser.add_argument("--levers", nargs="*", choices=LEVERS, default=[], help="parts that are ours")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first not counted")
+    parser.add_argument("--num_workers", type=int, default=8, help="processes that read data")
+    for name, kind in (("dim", int), ("n_layers", int), ("batch_size", int), ("max_seq_len", int), ("data_path", str),
+                       ("images_path", str), ("tokenizer", str), ("vision_model", str), ("device", str)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, required=True, help="as in the training scripts")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model, tower, image_processor, config = build(args)
+    dataset = PublishedDataset(args, load_tokenizer(args.tokenizer), image_processor, config)
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers, pin_memory=args.device != "cpu")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-4)
+    is_cuda = args.device != "cpu"
+    uses_bf16 = is_cuda or "bf16" in args.levers
+    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16) if uses_bf16 else nullcontext()
+    if uses_bf16 and "bf16" in args.levers:
+        tower.to(torch.bfloat16)
+    model.train()
+    n_images = n_labels = n_tokens = n_places = 0
+    start, cached = 0.0, None
+    for step, batch in zip(range(args.steps), loader):
+        if step == 1:  # the first one fills allocators and waits for the workers
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+        input_ids, targets, mask, pixel_values = (tensor.to(args.device) for tensor in batch)
+        if "trim" in args.levers:
+            longest = int((input_ids != 0).sum(1).max())
+            input_ids, targets, mask = input_ids[:, :longest], targets[:, :longest], mask[:, :longest]
+        with autocast:
+            pixels = pixel_values.flatten(0, 2)  # (B * images, 3, H, W)
+            if cached is None or "cache" not in args.levers or len(cached) != len(pixels):
+                cached = patch_features(tower, pixels)
+            patches = model.vision_proj(cached.float() if not is_cuda else cached)
+            embeddings = splice(
+                model.tok_embeddings(input_ids), input_ids, patches.unflatten(0, (len(input_ids), -1)), config
+            )
+            hidden = MiniMindLM.run_layers(model, embeddings)
+            if "head" in args.levers:
+                loss = F.cross_entropy(model.output(hidden[mask > 0]).float(), targets[mask > 0])
+            else:
+                losses = F.cross_entropy(model.output(hidden).flatten(0, 1), targets.flatten(), reduction="none")
+                loss = (losses * mask.flatten()).sum() / mask.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step > 0:
+            n_images, n_labels = n_images + len(pixels), n_labels + int(mask.sum())
+            n_tokens += int((input_ids != 0).sum())
+            n_places += input_ids.numel()
+    if is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        json.dumps(
+            {
+                "images_per_second": n_images / seconds,
+                "label_tokens_per_second": n_labels / seconds,
+                "tokens_per_second": n_places / seconds,
+                "padding_share": 1 - n_tokens / n_places,
+                "peak_memory_bytes": peak,
+                "dtype": "bfloat16" if uses_bf16 else "float32",
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
