@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import STAGES, load_weights, read_weights, weights_path
+from model.compact import compact_weights
 from model.convert import load_transformers_directory
 from model.errors import UserError
 from model.LMConfig import LMConfig, VLMConfig
@@ -32,6 +33,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
     group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
+    group.add_argument(
+        "--weights", default="float32", choices=("float32", "float16", "int8"),
+        help="format of the language model's weights; the smaller ones answer faster on a CPU, and need one",
+    )  # fmt: skip
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:0")
 
 
@@ -66,6 +71,9 @@ def load_vlm(args: argparse.Namespace) -> tuple[MiniMindVLM, VLMProcessor]:
         raise UserError(
             f"the model knows {model.config.vocab_size} tokens but the tokenizer {tokenizer_path} has {len(tokenizer)}"
         )
+    if args.weights != "float32" and not args.device.startswith("cpu"):
+        raise UserError(f"--weights {args.weights} is for the CPU, not for --device {args.device}: leave it out")
+    compact_weights(model, args.weights)
     try:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:

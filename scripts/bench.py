@@ -165,7 +165,8 @@ def bench_training(args: argparse.Namespace) -> list[dict]:
         f"matrix products: {peaks['float32'] / 1e9:.0f} GFLOP/s in float32, {peaks['bfloat16'] / 1e9:.0f} in bfloat16"
     )
     print(
-        f"{'recipe':24}{'stage':10}{'dim':>5}{'epoch':>8}{'images/s':>10}{'labels/s':>10}{'padding':>9}{'MFU':>6}{'GB':>6}  time split"
+        f"{'recipe':24}{'stage':10}{'dim':>5}{'epoch':>8}{'images/s':>10}{'labels/s':>10}{'padding':>9}"
+        f"{'MFU':>6}{'GB':>6}  time split"
     )
     rows = []
     for dim in args.dims:

@@ -12,10 +12,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
+from model.compact import compact_weights
 from model.LMConfig import VLMConfig
 from model.model_lm import apply_rope
 from model.model_vlm import MiniMindVLM
-from model.compact import compact_weights
 
 PROMPT_TOKENS = 238  # the published question about one picture
 NEW_TOKENS = 128
@@ -81,13 +81,13 @@ def our_steps(model: MiniMindVLM, input_ids: torch.Tensor, image_features: torch
     return model.generate(input_ids, image_features=image_features, max_new_tokens=n_new, eos_token_id=-1, stream=True)
 
 
-def clock(make_steps: Callable[[], Iterator], device: str) -> tuple[float, float]:
+def clock(steps: Callable[..., Iterator], model: MiniMindVLM, input_ids: torch.Tensor, features: torch.Tensor):
     """(tokens/s after the first, seconds to the first), medians."""
     rates, firsts = [], []
     for _ in range(REPEATS + 1):
         times = [time.perf_counter()]
-        for _ in make_steps():
-            if device != "cpu":
+        for _ in steps(model, input_ids, features, NEW_TOKENS):
+            if input_ids.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
         firsts.append(times[1] - times[0])
@@ -136,17 +136,11 @@ def measure_decoding(args) -> list[dict]:
                 continue
             model = build_model(dim, form).to(args.device)
             steps = published_steps if recipe == "published" else our_steps
-            tokens_per_second, first = clock(
-                lambda steps=steps, model=model: steps(model, input_ids, features, NEW_TOKENS), args.device
-            )
+            tokens_per_second, first = clock(steps, model, input_ids, features)
             read = tokens_per_second * count_weights(model) * {"float32": 4, "float16": 2, "int8": 1}[form]
-            rows.append(
-                {
-                    "recipe": recipe, "dim": dim, "weights": form, "tokens_per_second": tokens_per_second, "seconds_to_first_token": first,
-                    "bytes_per_second": read, "memory_bytes_per_second": bandwidth,
-                }
-            )  # fmt: skip
-            print(
-                f"{recipe:16}{dim:5}{tokens_per_second:10.1f}{first:11.2f} s{read / 1e9:9.1f} GB/s{100 * read / bandwidth:11.0f} %"
-            )
+            row = {"recipe": recipe, "dim": dim, "weights": form, "tokens_per_second": tokens_per_second}
+            row |= {"seconds_to_first_token": first, "bytes_per_second": read, "memory_bytes_per_second": bandwidth}
+            rows.append(row)
+            print(f"{recipe:16}{dim:5}{tokens_per_second:10.1f}{first:11.2f} s", end="")
+            print(f"{read / 1e9:9.1f} GB/s{100 * read / bandwidth:11.0f} %", flush=True)
     return rows
