@@ -194,9 +194,8 @@ class ImageEncoder:
             self.cache.add(digest, one)
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8[m, 3, H, W] -> [m, patches, width]. On a CPU one image at a time: as fast, and an image's features
-        then do not depend, in the last bit, on those it came with."""
-        size = 1 if pixels.device.type == "cpu" else len(pixels)
-        return torch.cat(
-            [patch_features(self.tower, normalise(part, self.mean, self.std)) for part in pixels.split(size)]
-        )
+        """uint8[m, 3, H, W] -> [m, patches, width]. With a cache on a CPU one image at a time: an image's features then do
+        not depend, in the last bit, on those it came with, and a resumed run is the same run whatever is cached."""
+        alone = self.cache is not None and pixels.device.type == "cpu"
+        parts = pixels.split(1 if alone else len(pixels))
+        return torch.cat([patch_features(self.tower, normalise(part, self.mean, self.std)) for part in parts])
