@@ -60,6 +60,15 @@ def test_accumulation_gives_the_same_curve(one_process, flags, tmp_path):
     assert_same_run(one_process[0], tmp_path)
 
 
+def test_automatic_batch_size_fits_and_keeps_the_step(one_process, flags, tmp_path):
+    """The stage's own 8 samples a step, whatever fits at a time: plenty of memory, then little more than one sample needs."""
+    roomy = run_script("train_sft_vlm.py", *flags, "--batch_size", "auto", "--memory_gb", "8", "--out_dir", tmp_path)
+    assert "batch size: 8 x 1 accumulation" in roomy.stdout, roomy.stdout
+    assert_same_run(one_process[0], tmp_path)
+    tight = run_script("train_sft_vlm.py", *flags, "--batch_size", "auto", "--memory_gb", "0.01", "--out_dir", tmp_path)
+    assert tight.returncode == 2 and "error: not even one sample fits: it needs" in tight.stdout
+
+
 def test_two_processes_give_the_same_curve(one_process, flags, tmp_path):
     """Text-only and image rows fall on different ranks, and counts of label tokens differ between them."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
@@ -180,7 +189,7 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
         (["--vision_model", "nowhere"], "error: no CLIP in nowhere: fetch it with"),
         (["--data_path", "nowhere.jsonl"], "error: no data at nowhere.jsonl: fetch"),
         (["--tokenizer", "nowhere"], "error: no tokenizer in nowhere: fetch it"),
-        (["--learning_rate", "1e30", "--grad_clip", "1e30", "--epochs", "9"], "error: the loss is nan at step"),
+        (["--learning_rate", "1e30", "--grad_clip", "1e30", "--epochs", "9"], "norm is nan at step"),
         (["--device", "cuda"], "error: --device cuda but PyTorch sees no GPU here"),
         (["--ddp"], "error: --ddp needs torchrun"),
         (["--dim", "130"], "error: dim 130 does not split into 4 heads"),

@@ -43,7 +43,16 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
 
     group = parser.add_argument_group("learning")
     group.add_argument("--epochs", type=int, help="passes over the data")
-    group.add_argument("--batch_size", type=int, help="samples at a time, on each device")
+    group.add_argument(
+        "--batch_size", type=lambda text: text if text == "auto" else int(text),
+        help="samples at a time, on each device; auto: what fits, the rest by accumulation",
+    )  # fmt: skip
+    group.add_argument(
+        "--memory_gb",
+        type=float,
+        default=None,
+        help="memory for --batch_size auto (80 %% of what is free where not given)",
+    )
     group.add_argument("--accumulation_steps", type=int, default=1, help="batches that make one optimizer step")
     group.add_argument("--learning_rate", type=float, help="peak learning rate is 1.1 times this, as published")
     group.add_argument("--warmup_iters", type=int, default=0, help="steps over which the learning rate rises from 0")
@@ -77,7 +86,7 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     )
     group.add_argument("--wandb_project", default="MiniMind-V", help="its project")
 
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**defaults, default_batch_size=defaults["batch_size"])
     args = parser.parse_args()
     for name in (
         "batch_size",
@@ -88,6 +97,6 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
         "max_seq_len",
         "keep_checkpoints",
     ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if getattr(args, name) not in (None, "auto") and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be at least 1")
     return args

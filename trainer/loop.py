@@ -17,6 +17,7 @@ from model.model_vlm import MiniMindVLM
 from trainer.batches import Batch, LengthBatches, make_loader
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.features import ImageEncoder, open_cache
+from trainer.fit import fit_batch_size
 from trainer.log import RunLog
 from trainer.meter import LossWatch, Meter
 from trainer.runtime import Runtime
@@ -26,6 +27,8 @@ SAVE_SECONDS = 60  # between saves, where --save_interval is not given
 
 def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, args, runtime: Runtime) -> None:
     """Train every parameter that requires a gradient; leave weights, log and curve in args.out_dir."""
+    if args.batch_size == "auto":
+        fit_batch_size(model, train_data, args, runtime)
     batches = LengthBatches(
         train_data.lengths, args.batch_size, args.accumulation_steps, runtime.rank, runtime.world_size, args.seed
     )

@@ -87,9 +87,10 @@ class LossWatch:
         unread, self._unread = self._unread, []
         values = torch.stack([values for _, values, _ in unread]).tolist()
         for (step, _, samples), (loss, grad_norm) in zip(unread, values):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise UserError(
-                    f"the loss is {loss} and its gradient {grad_norm} long at step {step}, samples {samples} of "
-                    f"{self.data_path}: look at these rows, or lower --learning_rate"
-                )
+            for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"the {name} is {value} at step {step}, samples {samples} of {self.data_path}: "
+                        "look at these rows, or lower --learning_rate"
+                    )
         return loss, grad_norm
