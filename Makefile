@@ -9,6 +9,7 @@ DEMO_MODEL := --out_dir out/demo --dim 128 --n_layers 6 --tokenizer model/demo/t
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
+	@echo "installing packages into $(VENV): 2 GB or more, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
@@ -20,8 +21,9 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest
 
-web: setup
+web:
 	@test -f out/demo/sft_vlm_128.pth || (echo "error: no demo model yet: run make demo first" && exit 2)
+	@$(MAKE) --no-print-directory setup
 	$(RUN) web_demo_vlm.py $(DEMO_MODEL)
 
 bench: setup

@@ -77,42 +77,50 @@ def page(args: argparse.Namespace) -> None:
             st.rerun()
 
     pictures = read_uploads(uploads)
+    if not state.seen <= {file_id for file_id, _, _ in pictures}:
+        state.chat, state.seen = Chat(model, processor), set()
+        st.info("A picture of the conversation was taken away, so it starts anew.")
     if pictures:
-        st.image(pictures, width=160, caption=[upload.name for upload in uploads[: len(pictures)]])
+        st.image([picture for _, _, picture in pictures], width=160, caption=[name for _, name, _ in pictures])
     for turn in state.chat.turns:
         st.chat_message(turn["role"]).write(turn["content"].replace("<image>\n", "").replace("<image>", ""))
     prompt = st.chat_input("Ask about the pictures")
     if prompt:
         st.chat_message("user").write(prompt)
-        new_pictures = pictures[len(state.chat.images) :]
+        new_pictures = [picture for file_id, _, picture in pictures if file_id not in state.seen]
         with st.chat_message("assistant"):
-            answer(state.chat, prompt, new_pictures, sampling)
+            if answer(state.chat, prompt, new_pictures, sampling):
+                state.seen = {file_id for file_id, _, _ in pictures}
 
 
 def start_conversation(model, processor) -> None:
     st.session_state.chat = Chat(model, processor)
+    st.session_state.seen = set()  # ids of the uploads that the conversation is about
     st.session_state.conversation = st.session_state.get("conversation", 0) + 1
 
 
-def read_uploads(uploads: list) -> list:
-    """The uploads that are pictures; a line on the page for each that is not."""
+def read_uploads(uploads: list) -> list[tuple]:
+    """(id, name, picture) of the uploads that are pictures; a line on the page for each that is not."""
     pictures = []
     for upload in uploads[:MAX_PICTURES]:
         try:
-            pictures.append(load_image(upload))
+            pictures.append((upload.file_id, upload.name, load_image(upload)))
         except UserError as error:
-            st.error(f"{upload.name}: {str(error).splitlines()[0]}")
+            st.error(f"{upload.name}: {error.args[0]}")
     if len(uploads) > MAX_PICTURES:
         st.warning(f"{len(uploads)} pictures: only the first {MAX_PICTURES} are used.")
     return pictures
 
 
-def answer(chat: Chat, prompt: str, pictures: list, sampling: dict) -> None:
+def answer(chat: Chat, prompt: str, pictures: list, sampling: dict) -> bool:
+    """Stream the answer to the page; whether there is one."""
     try:
         st.write_stream(chat.ask(prompt, pictures, **sampling))
         st.caption(f"{chat.tokens_per_second:.0f} tokens/s")
+        return True
     except UserError as error:
         st.error(str(error))
+        return False
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class VLMDataset(Dataset):
         if not self.data_path.is_file():
             raise MissingFileError(
                 f"no data at {data_path}: fetch {self.data_path.name} of jingyaogong/minimind-v_dataset into "
-                f"{self.data_path.parent}/, or pass --data_path"
+                f"{self.data_path.parent}/, or pass --data"
             )
         self.rows = (
             ParquetRows(self.data_path) if self.data_path.suffix == ".parquet" else JsonLinesRows(self.data_path)
@@ -158,6 +158,8 @@ class VLMDataset(Dataset):
     def _hint(self, files: set[str]) -> str:
         if files or not self.skipped["image missing"]:
             return ""
+        if self.images_path is None:
+            return "; no image folder is given: pass --images_path"
         archive = f"{self.images_path}.zip"
         action = f"unzip {archive}" if Path(archive).is_file() else "fetch and unzip the images, or pass --images_path"
         return f"; the image folder {self.images_path} is missing or empty: {action}"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from model.errors import UserError
 from model.model_lm import KVCache
 
 LIKELIEST = 256  # tokens ranked at first on a CPU: a tenth of the time that sorting all takes, and nearly always enough
@@ -66,16 +67,16 @@ def generate(
 
     Returns int64[B, T + N]: prompt and answer, `pad_token_id` after an answer's `eos_token_id`. With `stream=True`
     returns an iterator of int64[B, n], all new tokens so far, one step at a time. At most `max_new_tokens` are new, fewer
-    where the model's max_seq_len leaves no room. Raises ValueError for a prompt that fills max_seq_len by itself.
+    where the model's max_seq_len leaves no room. Raises UserError for a prompt that fills max_seq_len by itself.
     """
     prompt_length = input_ids.shape[1]
     room = model.config.max_seq_len - prompt_length
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"the prompt has {prompt_length} tokens but max_seq_len is {model.config.max_seq_len}: shorten the prompt"
         )
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]: change the flag")
+        raise UserError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]: change the flag")
     steps = _steps(
         model, input_ids, pixel_values, image_features, attention_mask,
         min(max_new_tokens, room), temperature, top_p, eos_token_id, pad_token_id,

@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a small model that sees, through the scripts a user of the real data runs.
 
-    python scripts/demo.py                        # about 10 minutes on 2 CPU cores; everything goes to out/demo/
+    python scripts/demo.py                        # about 8 minutes on 2 CPU cores; everything goes to out/demo/
 
 Renders the scene set, then base language model -> pretraining -> SFT -> evaluation with the right image, a wrong one and none.
 """
@@ -102,7 +102,12 @@ def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> 
     print(f"loss curves: {shown}/lm_128.png, {shown}/pretrain_vlm_128.png, {shown}/sft_vlm_128.png")
     print(f"report: {report_path.relative_to(ROOT)}")
     print(f"{report['seconds'] / 60:.1f} minutes, at most {report['peak_memory_bytes'] / 1e9:.2f} GB of memory")
-    print("talk to it: make web")
+    flags = " ".join(flag.replace(f"{ROOT}/", "") for flag in MODEL_FLAGS)
+    print("talk to it: make web, or")
+    print(
+        f'  python eval_vlm.py --image {shown}/data/eval_images/00000a.jpg --prompt "What color is the star?" --temperature 0 \\'
+    )
+    print(f"    --out_dir {shown} {flags}")
 
 
 def main() -> None:

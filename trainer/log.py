@@ -121,8 +121,8 @@ def draw_curve(path: Path, train_points: list[tuple[int, float]], val_points: li
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = zip(*train_points)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
-    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="training")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, as logged")
+    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="training, smoothed")
     if val_points:
         axes.plot(*zip(*val_points), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a label token)", title=path.stem)
@@ -131,8 +131,9 @@ def draw_curve(path: Path, train_points: list[tuple[int, float]], val_points: li
     figure.savefig(path)
 
 
-def _smooth(losses: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, started unbiased."""
+def _smooth(losses: tuple[float, ...]) -> list[float]:
+    """Exponential moving average, started unbiased; a short run is smoothed little."""
+    weight = min(0.95, max(0.0, 1 - 8 / len(losses)))
     average, total, smoothed = 0.0, 0.0, []
     for loss in losses:
         average, total = weight * average + (1 - weight) * loss, weight * total + (1 - weight)
