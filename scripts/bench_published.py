@@ -96,7 +96,6 @@ def build(args) -> tuple[MiniMindVLM, nn.Module, object, VLMConfig]:
     tower, image_processor = load_vision_encoder(args.vision_model)
     if "vision_half" not in args.levers:  # the text half takes its place in memory too
         clip = CLIPModel(CLIPConfig(vision_config=tower.config)).requires_grad_(False).eval()
-        clip.vision_model.load_state_dict(tower.state_dict(), strict=False)
         tower.text_half = clip
     tokenizer = load_tokenizer(args.tokenizer)
     config = VLMConfig.for_tower(tower.config, dim=args.dim, n_layers=args.n_layers, vocab_size=len(tokenizer))
