@@ -95,8 +95,7 @@ def build(args) -> tuple[MiniMindVLM, nn.Module, object, VLMConfig]:
     """(model without a tower, tower, image processor, config) with random weights and what the stage learns."""
     tower, image_processor = load_vision_encoder(args.vision_model)
     if "vision_half" not in args.levers:  # the text half takes its place in memory too
-        clip = CLIPModel(CLIPConfig(vision_config=tower.config)).requires_grad_(False).eval()
-        tower.text_half = clip
+        tower.text_half = CLIPModel(CLIPConfig()).text_model.requires_grad_(False).eval()
     tokenizer = load_tokenizer(args.tokenizer)
     config = VLMConfig.for_tower(tower.config, dim=args.dim, n_layers=args.n_layers, vocab_size=len(tokenizer))
     model = MiniMindVLM(config)
