@@ -28,11 +28,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from dataset.scene_set import write_scene_set
 from model.LMConfig import VLMConfig
 from model.vision import quiet_transformers
-from scripts.bench_decode import measure_decoding
+from scripts.bench_decode import N_LAYERS, measure_decoding
 from scripts.bench_published import LEVERS
 
 WORK = ROOT / "out" / "bench"
-N_LAYERS = {512: 8, 768: 16}
 STAGES = {  # what the published scripts have as defaults, and the file of the real rows
     "pretrain": {"batch_size": 16, "max_seq_len": 640, "file": "pretrain_vlm_data.jsonl"},
     "sft": {"batch_size": 8, "max_seq_len": 1536, "file": "sft_vlm_data.jsonl"},
@@ -123,7 +122,7 @@ def measure_ours(args: argparse.Namespace, stage: str, dim: int) -> list[dict]:
             values = [record[name] for record in steps[args.warm_up :] if name in record]
             if values:
                 row[name] = sum(value * second for value, second in zip(values, seconds)) / sum(seconds)
-        rows.append(row | {"peak_memory_bytes": end.get("peak_memory_bytes", peak), "dtype": end["dtype"]})
+        rows.append(row | {"peak_memory_bytes": peak, "dtype": end["dtype"]})
     return rows
 
 

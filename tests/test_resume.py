@@ -89,6 +89,8 @@ def test_a_damaged_checkpoint_is_passed_over(flags, undisturbed, tmp_path):
     finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--max_steps", "5", "--resume")
     assert f"passed over: {newest} is damaged" in finished.stdout and "resumed: " in finished.stdout, finished.stdout
     assert "step-00000004.pth, 4 steps and 32 samples are done" in finished.stdout
+    done = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--max_steps", "5", "--resume")
+    assert "5 steps and 40 samples are done" in done.stdout and len(read_log(tmp_path, "train")) == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -60,7 +60,8 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     runtime.stop.listen()
     model.train()
     with failures_explained(args, checkpoints, log):
-        for micro_batches in optimizer_steps(loader, batches, args, meter):
+        steps = optimizer_steps(loader, batches, args, meter)
+        for micro_batches in itertools.islice(steps, total_steps - progress.step):
             torch.manual_seed(args.seed + runtime.rank + runtime.world_size * progress.step)  # for dropout
             rate = learning_rate(batches.samples_done, total_samples, args.learning_rate)
             for group in optimizer.param_groups:
