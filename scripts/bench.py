@@ -3,6 +3,7 @@
     python scripts/bench.py                                            # training, on the rendered scenes
     python scripts/bench.py train --flickr8k ../shared/flickr8k --tokenizer ../shared/minimind_tokenizer
     python scripts/bench.py decode --tokenizer ../shared/minimind_tokenizer
+    python scripts/bench.py quality                                    # both recipes from several seeds
 
 Training runs with a full-size ViT-B/16 tower; its weights are random, speed does not depend on them. Each row is a
 process of its own. Prints a table as it goes and writes out/bench.json.
@@ -30,6 +31,7 @@ from model.LMConfig import VLMConfig
 from model.vision import quiet_transformers
 from scripts.bench_decode import N_LAYERS, measure_decoding
 from scripts.bench_published import LEVERS
+from scripts.bench_quality import measure_quality
 
 WORK = ROOT / "out" / "bench"
 STAGES = {  # what the published scripts have as defaults, and the file of the real rows
@@ -88,7 +90,7 @@ def run(*command: str) -> tuple[str, int]:
 
 def measure_published(args: argparse.Namespace, stage: str, dim: int, levers: list[str]) -> list[dict]:
     printed, _ = run(
-        "scripts/bench_published.py", "--stage", stage, "--steps", str(args.published_steps),
+        "scripts/bench_published.py", "--stage", stage, "--max_steps", str(args.published_steps),
         "--levers", *levers, *stage_flags(args, stage, dim),
     )  # fmt: skip
     epoch = "cached" if "cache" in levers else "first"
@@ -202,7 +204,9 @@ def print_row(row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("train", "decode"), default="train", help="what to measure")
+    parser.add_argument(
+        "what", nargs="?", choices=("train", "decode", "quality"), default="train", help="what to measure"
+    )
     parser.add_argument(
         "--flickr8k", type=Path, help="folder of real rows and images (rendered scenes where not given)"
     )
@@ -224,11 +228,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps in an epoch of ours")
     parser.add_argument("--published_steps", type=int, default=4, help="optimizer steps of the published recipe")
     parser.add_argument("--warm_up", type=int, default=1, help="first steps of an epoch of ours that are not counted")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe for quality")
     parser.add_argument(
         "--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to our training scripts"
     )
     args = parser.parse_args()
-    rows = bench_training(args) if args.what == "train" else measure_decoding(args)
+    rows = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality}[args.what](args)
     path = ROOT / "out" / "bench.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}
