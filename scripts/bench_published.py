@@ -38,7 +38,8 @@ LEVERS = ("bf16", "trim", "head", "vision_half", "cache")
 class PublishedDataset(Dataset):
     """Rows held in memory as parsed JSON; each sample tokenised by the chat template and padded to max_length when asked for."""
 
-    def __init__(self, path: str, args, tokenizer, image_processor, config: VLMConfig):
+    def __init__(self, path: str, args, tokenizer, image_processor, config: VLMConfig, n_beyond: int = 1):
+        self.n_beyond = n_beyond  # tokens learned after an answer's end: published, the line break
         self.rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         self.args, self.tokenizer, self.image_processor, self.config = args, tokenizer, image_processor, config
         self.bos = tokenizer("<s>assistant", add_special_tokens=False).input_ids
@@ -75,7 +76,7 @@ class PublishedDataset(Dataset):
             start = end = position + len(self.bos)
             while end < len(input_ids) and input_ids[end : end + len(self.eos)] != self.eos:
                 end += 1
-            for answer in range(start + 1, min(end + len(self.eos) + 1, len(input_ids))):
+            for answer in range(start + 1, min(end + len(self.eos) + self.n_beyond, len(input_ids))):
                 mask[answer] = 1
             position = end + len(self.eos)
         return mask
@@ -171,8 +172,8 @@ def main() -> None:
     model, tower, image_processor, config = build(args)
     tokenizer, is_cuda = load_tokenizer(args.tokenizer), args.device != "cpu"
 
-    def open_rows(path: str) -> DataLoader:
-        dataset = PublishedDataset(path, args, tokenizer, image_processor, config)
+    def open_rows(path: str, n_beyond: int = 1) -> DataLoader:
+        dataset = PublishedDataset(path, args, tokenizer, image_processor, config, n_beyond)
         return DataLoader(dataset, args.batch_size, num_workers=args.num_workers, pin_memory=is_cuda)
 
     loader = open_rows(args.data_path)
@@ -213,7 +214,7 @@ def main() -> None:
         "losses": torch.stack(curve).tolist(),
     }
     if args.val_data:
-        result["val_loss"] = loss_of.validate(open_rows(args.val_data))
+        result["val_loss"] = loss_of.validate(open_rows(args.val_data, n_beyond=0))  # the labels of ours
     print(json.dumps(result))
 
 
