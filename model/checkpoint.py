@@ -56,6 +56,8 @@ def _replacing(path: Path):
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if "DataLoader worker" in str(error):  # its death is raised wherever the main process happens to be
+            raise
         raise UserError(
             f"cannot write {path} ({error}): free some space or choose another folder; an older file is intact"
         ) from error

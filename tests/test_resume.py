@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -108,6 +109,43 @@ def test_a_polite_stop_saves_first(flags, undisturbed, tmp_path, number):
     assert_same_end(tmp_path, undisturbed)
 
 
+def wait_for_steps(out_dir, n_steps: int) -> None:
+    log, deadline = out_dir / f"{NAME}.log.jsonl", time.monotonic() + 90
+    while time.monotonic() < deadline and not (log.is_file() and log.read_text().count('"train"') >= n_steps):
+        time.sleep(0.01)
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    printed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in printed.split()]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can limit the files of a running process")
+def test_a_full_disk_leaves_the_last_checkpoint(flags, undisturbed, tmp_path):
+    """From the second step on no file may grow beyond 20 kB, so the next save breaks off in its middle."""
+    command = ["train_sft_vlm.py", *flags, "--epochs", "4000", "--out_dir", str(tmp_path)]
+    process = start_script(*command)
+    wait_for_steps(tmp_path, 2)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "error: cannot write" in printed and "the last checkpoint is intact, --resume goes on with it" in printed
+    assert printed.rstrip().endswith(str(max((tmp_path / f"{NAME}.resume").glob("step-*"))))
+    finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
+    assert finished.returncode == 0, finished.stdout
+
+
+def test_a_dead_worker_is_named_and_nothing_is_lost(flags, undisturbed, tmp_path):
+    command = ["train_sft_vlm.py", *flags, "--out_dir", str(tmp_path)]
+    process = start_script(*command, "--num_workers", "2", "--epochs", "4000", "--feature_cache_gb", "0")
+    wait_for_steps(tmp_path, 2)
+    for worker in children_of(process):
+        os.kill(worker, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "a process that reads data died" in printed and "--resume goes on with it" in printed
+
+
 def test_resume_says_what_does_not_fit(flags, undisturbed, tmp_path):
     missing = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
     assert missing.returncode == 2 and "error: --resume finds no checkpoint in" in missing.stdout
@@ -163,12 +201,8 @@ def test_two_nodes_survive_the_death_of_a_rank(flags, undisturbed, tmp_path):
     # Without it, the store that agents share still has the addresses of dead processes, and restarts fail.
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     agents = [start_script(*command, env=env) for _ in range(2)]
-    log = tmp_path / f"{NAME}.log.jsonl"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not (log.is_file() and log.read_text().count('"train"') >= 3):
-        time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    wait_for_steps(tmp_path, 3)
+    os.kill(children_of(agents[1])[-1], signal.SIGKILL)
     printed = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert "resumed: " in printed[0] + printed[1]

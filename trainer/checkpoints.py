@@ -59,8 +59,8 @@ class Checkpoints:
             "weights": weights,
         }
         save_atomically(state, path)
-        save_atomically(weights, self.weights)
         self.saved = [other for other in self.saved if other != path] + [path]
+        save_atomically(weights, self.weights)
         kept = self.saved[-self.args.keep_checkpoints :]
         for other in self.folder.iterdir():
             if other not in kept:

@@ -103,8 +103,13 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.close()
-        if not self.is_main:
-            return
+        if self.is_main:
+            try:
+                self._finish()
+            except OSError as error:  # a full disk; what ended the run matters more
+                print(f"the log is cut off or its curve not drawn: {error}", flush=True)
+
+    def _finish(self) -> None:
         self.file.close()
         if self.train_points:
             draw_curve(

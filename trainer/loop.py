@@ -1,5 +1,6 @@
 """The training loop of both stages."""
 
+import errno
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from trainer.meter import LossWatch, Meter
 from trainer.runtime import Runtime
 
 SAVE_SECONDS = 60  # between saves, where --save_interval is not given
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, args, runtime: Runtime) -> None:
@@ -230,6 +232,8 @@ def failures_explained(args, checkpoints: Checkpoints, log: RunLog):
                 f"a batch does not fit in memory: lower --batch_size (now {args.batch_size}) and raise --accumulation_steps "
                 f"(now {args.accumulation_steps}) as much, or lower --max_seq_len (now {args.max_seq_len}){saved}"
             ) from error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise UserError(f"a file cannot be written ({error}): free some space{saved}") from error
         if "DataLoader worker" in str(error):
             raise UserError(
                 f"a process that reads data died ({str(error).splitlines()[0]}): lower --num_workers or free some memory{saved}"
