@@ -1,11 +1,12 @@
 """Conversations about images, read from the published formats, one encoded sample at a time.
 
-JSON lines keep only each row's place in the file in memory; rows are checked once at the start, images when they are
-needed. Whatever cannot be used is counted by reason, never fatal.
+JSON lines keep only each row's place in the file in memory (dataset/row_index.py); rows are checked once, images when they
+are needed. Whatever cannot be used is counted by reason, never fatal.
 """
 
 import io
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dataset.row_index import ROW, RowIndex, keep_index, open_index
 from model.errors import BadSampleError, MissingFileError, UserError, list_reasons
 from model.processing import VLMProcessor, check_conversation, match_image_tags
 
@@ -25,11 +27,10 @@ BYTES_PER_TOKEN = (
 
 
 class JsonLinesRows:
-    """Rows of a .jsonl file by their byte offsets: 8 bytes a row in memory, one seek to read one."""
+    """Rows of a .jsonl file by their byte offsets: one seek to read one."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.offsets = np.empty(0, dtype=np.int64)
 
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         """(offset, bytes, row) of every line; the row is None where the line is no JSON object."""
@@ -51,12 +52,9 @@ class JsonLinesRows:
                 offset += len(line)
                 progress.update(len(line))
 
-    def keep(self, keys: list[int]) -> None:
-        self.offsets = np.array(keys, dtype=np.int64)
-
-    def __getitem__(self, index: int) -> dict:
+    def read(self, offset: int) -> dict:
         with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
+            file.seek(offset)
             return self._parse(file.readline())
 
     @staticmethod
@@ -76,19 +74,12 @@ class ParquetRows:
             self.table = parquet.read_table(path, columns=["conversations", "image_bytes"], memory_map=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged or lacks conversations and image_bytes: fetch it again") from error
-        self.numbers = np.empty(0, dtype=np.int64)
 
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         for number in range(len(self.table)):
-            yield number, len(str(self.table["conversations"][number])), self._read(number)
+            yield number, len(str(self.table["conversations"][number])), self.read(number)
 
-    def keep(self, keys: list[int]) -> None:
-        self.numbers = np.array(keys, dtype=np.int64)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._read(int(self.numbers[index]))
-
-    def _read(self, number: int) -> dict | None:
+    def read(self, number: int) -> dict | None:
         try:
             conversations = json.loads(self.table["conversations"][number].as_py())
         except (ValueError, TypeError):
@@ -108,8 +99,6 @@ class VLMDataset(Dataset):
         self.data_path = Path(data_path)
         self.images_path = Path(images_path).resolve() if images_path else None
         self.processor, self.max_length = processor, max_length
-        self.skipped: Counter[str] = Counter()
-        self.repaired = self.n_images = 0
         if not self.data_path.is_file():
             raise MissingFileError(
                 f"no data at {data_path}: fetch {self.data_path.name} of jingyaogong/minimind-v_dataset into "
@@ -118,12 +107,20 @@ class VLMDataset(Dataset):
         self.rows = (
             ParquetRows(self.data_path) if self.data_path.suffix == ".parquet" else JsonLinesRows(self.data_path)
         )
-        self._check_rows()
+        settings = dict(
+            images=str(self.images_path), max_length=max_length, n_image_tokens=processor.config.n_image_tokens
+        )
+        index = open_index(self.data_path, **settings)
+        if index is None:
+            index = self._check_rows()
+            keep_index(index, self.data_path, **settings)
+        self.keys, self.lengths = index.rows["key"], index.rows["length"]
+        self.skipped, self.repaired, self.n_images = index.skipped, index.repaired, index.n_images
 
-    def _check_rows(self) -> None:
+    def _check_rows(self) -> RowIndex:
         """Find the usable rows without decoding an image."""
         files = self._list_images()
-        keys, lengths = [], []
+        index, keys, lengths = RowIndex(np.empty(0, ROW)), array("q"), array("i")
         for key, n_bytes, row in self.rows.scan():
             try:
                 if row is None:
@@ -134,20 +131,20 @@ class VLMDataset(Dataset):
                     raise BadSampleError("no answer")
                 _, surplus = match_image_tags(turns, len(images))
             except BadSampleError as error:
-                self.skipped[error.args[0]] += 1
+                index.skipped[error.args[0]] += 1
                 continue
-            self.repaired += surplus > 0
-            self.n_images += len(images)
+            index.repaired += surplus > 0
+            index.n_images += len(images)
             keys.append(key)
             lengths.append(
                 min(self.max_length, n_bytes // BYTES_PER_TOKEN + len(images) * self.processor.config.n_image_tokens)
             )
         if not keys:
-            raise UserError(
-                f"{self.data_path} has no usable row ({list_reasons(self.skipped) or 'it is empty'}){self._hint(files)}"
-            )
-        self.rows.keep(keys)
-        self.lengths = np.array(lengths, dtype=np.int32)
+            reasons = list_reasons(index.skipped) or "it is empty"
+            raise UserError(f"{self.data_path} has no usable row ({reasons}){self._hint(files, index.skipped)}")
+        index.rows = np.empty(len(keys), ROW)
+        index.rows["key"], index.rows["length"] = keys, lengths
+        return index
 
     def _list_images(self) -> set[str]:
         """Names of the files in the image folder, read once: faster than asking for half a million one by one."""
@@ -155,8 +152,8 @@ class VLMDataset(Dataset):
             return set()
         return {path.name for path in self.images_path.iterdir()}
 
-    def _hint(self, files: set[str]) -> str:
-        if files or not self.skipped["image missing"]:
+    def _hint(self, files: set[str], skipped: Counter[str]) -> str:
+        if files or not skipped["image missing"]:
             return ""
         if self.images_path is None:
             return "; no image folder is given: pass --images_path"
@@ -186,7 +183,7 @@ class VLMDataset(Dataset):
 
     def read(self, index: int) -> tuple[dict, list]:
         """(row, its images as `load_image` takes them), not encoded: what evaluation needs."""
-        row = self.rows[index]
+        row = self.rows.read(int(self.keys[index]))
         return row, self._images(row)
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@
     python scripts/bench.py train --flickr8k ../shared/flickr8k --tokenizer ../shared/minimind_tokenizer
     python scripts/bench.py decode --tokenizer ../shared/minimind_tokenizer
     python scripts/bench.py quality                                    # both recipes from several seeds
+    python scripts/bench.py rows                                       # up to 1 million rows: start-up, memory
 
 Training runs with a full-size ViT-B/16 tower; its weights are random, speed does not depend on them. Each row is a
 process of its own. Prints a table as it goes and writes out/bench.json.
@@ -32,6 +33,7 @@ from model.vision import quiet_transformers
 from scripts.bench_decode import N_LAYERS, measure_decoding
 from scripts.bench_published import LEVERS
 from scripts.bench_quality import measure_quality
+from scripts.bench_rows import measure_rows
 
 WORK = ROOT / "out" / "bench"
 STAGES = {  # what the published scripts have as defaults, and the file of the real rows
@@ -205,7 +207,7 @@ def print_row(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="?", choices=("train", "decode", "quality"), default="train", help="what to measure"
+        "what", nargs="?", choices=("train", "decode", "quality", "rows"), default="train", help="what to measure"
     )
     parser.add_argument(
         "--flickr8k", type=Path, help="folder of real rows and images (rendered scenes where not given)"
@@ -233,7 +235,9 @@ def main() -> None:
         "--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to our training scripts"
     )
     args = parser.parse_args()
-    rows = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality}[args.what](args)
+    rows = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality, "rows": measure_rows}[
+        args.what
+    ](args)
     path = ROOT / "out" / "bench.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}

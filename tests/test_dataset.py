@@ -3,14 +3,16 @@
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
 from conftest import N_PATCHES, picture, write_rows
 
-from dataset.vlm_dataset import VLMDataset
+from dataset.vlm_dataset import JsonLinesRows, VLMDataset
 from model.errors import BadSampleError, MissingFileError, UserError
+from trainer.batches import TrainSamples, find_nothing
 
 
 def row(image=None, question="<image>\nWhat?", answer="red") -> dict:
@@ -120,7 +122,36 @@ def test_images_reach_the_sample_in_the_order_of_the_row(folder, processor):
 
 def test_memory_holds_offsets_not_rows(folder, processor):
     data = read(folder, [row("a.jpg", "<image>" + "x" * 1000) for _ in range(500)], processor)
-    assert data.rows.offsets.nbytes == 4000 and data.lengths.nbytes == 2000
+    assert data.keys.nbytes == 4000 and data.lengths.nbytes == 2000
     buffer = io.BytesIO()
     torch.save(data.rows.__dict__, buffer)
     assert buffer.tell() < 10_000, "what a loader worker receives does not grow with the text"
+
+
+def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
+    """A kept index opens without a scan, gives the same rows, and is dropped when the file or a setting changes or it is torn."""
+    monkeypatch.setattr("dataset.row_index.KEPT_FROM", 3)
+    scans = []
+    scan = JsonLinesRows.scan
+    monkeypatch.setattr(JsonLinesRows, "scan", lambda rows: scans.append(1) or scan(rows))
+    rows = [row("a.jpg"), row("b.jpg", "no tag"), row("b.jpg")]
+    first, again = (read(folder, rows, processor), VLMDataset(folder / "data.jsonl", folder / "images", processor, 200))
+    assert len(scans) == 1 and isinstance(again.keys.base, np.memmap)
+    assert again.lengths.tolist() == first.lengths.tolist() and again.skipped == first.skipped and again.n_images == 2
+    assert all(torch.equal(first[i]["input_ids"], again[i]["input_ids"]) for i in range(2))
+    VLMDataset(folder / "data.jsonl", folder / "images", processor, 190)
+    assert len(scans) == 2, "another max_length"
+    index = folder / ".data.jsonl.index.npy"
+    index.write_bytes(index.read_bytes()[:-4])
+    assert len(VLMDataset(folder / "data.jsonl", folder / "images", processor, 190)) == 2 and len(scans) == 3
+    assert len(read(folder, [*rows, row("a.jpg")], processor)) == 3 and len(scans) == 4
+    read(folder, [*rows, row("late.jpg")], processor)
+    picture().save(folder / "images" / "late.jpg")
+    assert len(VLMDataset(folder / "data.jsonl", folder / "images", processor, 200)) == 3, "an image that came later"
+
+
+def test_an_image_that_vanishes_costs_its_row(folder, processor):
+    data = read(folder, [row("a.jpg"), row("b.jpg")], processor)
+    (folder / "images" / "b.jpg").unlink()
+    samples = TrainSamples(data, find_nothing)
+    assert samples[1] == (1, "image missing") and len(samples[0][1]["images"]) == 1

@@ -74,12 +74,10 @@ class LengthBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         n_batches = self.accumulation_steps * self.world_size
         for step in self._steps_to_do():
-            parts = [step[i * self.batch_size : (i + 1) * self.batch_size] for i in range(n_batches)]
-            if len(step) < n_batches * self.batch_size:
-                parts = [part.tolist() for part in np.array_split(np.array(step, dtype=np.int64), n_batches)]
-            yield from parts[self.rank :: self.world_size]
+            parts = np.array_split(step, n_batches)
+            yield from (part.tolist() for part in parts[self.rank :: self.world_size])
 
-    def _steps_to_do(self) -> list[list[int]]:
+    def _steps_to_do(self) -> list[np.ndarray]:
         """Indices of the samples of every optimizer step that is left of this epoch."""
         rng = np.random.default_rng((self.seed, self.epoch))
         left = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
@@ -87,19 +85,19 @@ class LengthBatches(Sampler[list[int]]):
             steps = self._cut(left, step_size, rng)
             if step_size == self.step_size and index == len(self.taken) - 1:
                 return steps[n_done:]
-            left = left[~np.isin(left, [sample for step in steps[:n_done] for sample in step])]
+            left = left[~np.isin(left, np.concatenate([left[:0], *steps[:n_done]]))]
         return self._cut(left, self.step_size, rng)
 
-    def _cut(self, order: np.ndarray, step_size: int, rng: np.random.Generator) -> list[list[int]]:
+    def _cut(self, order: np.ndarray, step_size: int, rng: np.random.Generator) -> list[np.ndarray]:
         """Steps of similar length: sorted within pools, then shuffled."""
         steps = []
         for start in range(0, len(order), POOL * step_size):
             pool = order[start : start + POOL * step_size]
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            steps += [pool[i : i + step_size].tolist() for i in range(0, len(pool), step_size)]
+            steps += [pool[i : i + step_size] for i in range(0, len(pool), step_size)]
         if self.shuffle:
             last = steps.pop() if len(order) % step_size else None  # the short step stays last
-            steps = [steps[i] for i in rng.permutation(len(steps))] + ([last] if last else [])
+            steps = [steps[i] for i in rng.permutation(len(steps))] + ([] if last is None else [last])
         return steps
 
 
