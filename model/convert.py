@@ -157,9 +157,9 @@ def from_llava(llava: LlavaForConditionalGeneration) -> MiniMindVLM:
     return model.eval()
 
 
-def to_llava_ids(input_ids: torch.Tensor, is_patch: torch.Tensor, config: VLMConfig) -> torch.Tensor:
-    """Give the placeholders (`find_placeholders`) the id of `<image>`."""
-    return input_ids.masked_fill(is_patch, config.vocab_size)
+def to_llava_ids(input_ids: torch.Tensor, patch_positions: torch.Tensor, config: VLMConfig) -> torch.Tensor:
+    """Give the placeholders (`find_placeholders`) of int64[B, T] the id of `<image>`."""
+    return input_ids.flatten().index_fill(0, patch_positions, config.vocab_size).view_as(input_ids)  # (B, T)
 
 
 def load_transformers_directory(

@@ -92,6 +92,13 @@ def count_labels(labels: torch.Tensor) -> int:
     return int((labels[..., 1:] != IGNORE_INDEX).sum())
 
 
+def find_labels(labels: torch.Tensor) -> torch.Tensor:
+    """int64[n]: where the label tokens of int64[B, T] are, counted over B * T."""
+    is_label = labels != IGNORE_INDEX
+    is_label[:, 0] = False  # nothing comes before it
+    return is_label.flatten().nonzero().squeeze(-1)
+
+
 def match_image_tags(turns: list[tuple[str, str]], n_images: int) -> tuple[list[tuple[str, str]], int]:
     """(turns, surplus): `<image>` tags beyond the number of images are dropped, as the published multi-image set needs.
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import BadSampleError
-from trainer.batches import LengthBatches, TrainSamples, collate, find_nothing, make_loader
+from model.LMConfig import VLMConfig
+from trainer.batches import LengthBatches, TrainSamples, find_nothing, make_loader
 from trainer.loop import learning_rate, warm_up
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda values: np.array(values, dtype=np.int32))
@@ -70,17 +71,20 @@ class Samples:
         ids = torch.arange(3 + index)
         return {"input_ids": ids, "labels": ids}, [BytesIO(b"picture")] * (index % 2)
 
-    processor = SimpleNamespace(resize=lambda image: torch.ones(3, 4, 4, dtype=torch.uint8))
+    processor = SimpleNamespace(resize=lambda image: torch.ones(3, 4, 4, dtype=torch.uint8), config=VLMConfig())
 
 
 def test_bad_samples_are_left_out_and_counted():
     safe = TrainSamples(Samples(), find_nothing)
-    batch = collate([safe[i] for i in range(4)])
+    batch = safe.collate([safe[i] for i in range(4)])
     assert batch.input_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]]
     assert batch.labels[0].tolist() == [0, 1, 2, -100, -100, -100]
     assert batch.indices == [0, 2, 3] and batch.skipped == {"image damaged": 1} and len(batch.pixels) == 1
+    assert batch.label_positions.tolist() == [1, 2, 7, 8, 9, 10, 13, 14, 15, 16, 17], (
+        "the first of a row has no successor"
+    )
     assert batch.n_labels == 2 + 4 + 5 and batch.n_padding == 3 + 1
-    blank = collate([safe[1], safe[4]])
+    blank = safe.collate([safe[1], safe[4]])
     assert blank.n_labels == 0 and blank.skipped == {"image damaged": 2} and blank.pixels is None
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import TOKENIZER, free_port, picture, run_script, start_script, write_rows
+from conftest import N_PATCHES, TOKENIZER, free_port, picture, run_script, small_model, start_script, write_rows
 
 from model.checkpoint import read_weights
 
@@ -92,6 +92,40 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(one_process, flags, tm
     run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path)
     first, second = (read_weights(folder / "sft_vlm_64.pth") for folder in (one_process[0], tmp_path))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
+    """Loss and gradients of a batch of the loader, with positions found there, features out of the cache and the head at labels
+    only, against whole logits, CLIP's own float pixels and rows one by one without padding."""
+    from dataset.vlm_dataset import VLMDataset
+    from trainer.batches import LengthBatches, make_loader
+    from trainer.features import FeatureCache, ImageEncoder
+    from trainer.runtime import Runtime
+
+    model, data = small_model().train(), VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    cache = FeatureCache(tmp_path, (N_PATCHES, model.config.vision_dim), torch.float16, 1e8)
+    images = ImageEncoder(model.vision_encoder, processor.image_processor, cache, runtime)
+    for _ in range(2):  # the second time all features come from the cache
+        loader = make_loader(data, LengthBatches(data.lengths, 24), 0, images.find_features)
+        (batch,) = list(loader)
+        features = images.features(batch)
+        while images._unwritten:
+            images._unwritten.popleft().result()
+    assert batch.pixels is None and len(batch.cached_features) == 24
+    fast = model(**batch.model_inputs(), image_features=features).loss
+    gradients = torch.autograd.grad(fast, [p for p in model.parameters() if p.requires_grad])
+    total, n_labels = 0.0, 0
+    for index in range(len(data)):
+        sample = data[index]
+        targets = sample["labels"][1:]
+        logits = model(sample["input_ids"][None], sample["pixel_values"]).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        n_labels += int((targets != -100).sum())
+    torch.testing.assert_close(fast, total / n_labels, atol=1e-4, rtol=1e-4)
+    plain = torch.autograd.grad(total / n_labels, [p for p in model.parameters() if p.requires_grad])
+    for gradient, expected in zip(gradients, plain):
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-2)
 
 
 def test_pretraining_moves_the_projector_and_the_last_layer_only(one_process, flags, tmp_path):

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from model.errors import BadSampleError
-from model.processing import IGNORE_INDEX, count_labels
+from model.model_vlm import find_placeholders
+from model.processing import IGNORE_INDEX, find_labels
 
 # Optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch.
 POOL = 64
@@ -114,20 +115,27 @@ class Batch:
     )
     pixels: torch.Tensor | None = None  # uint8[m, 3, H, W] of the images that the tower has to see
     cached_features: torch.Tensor | None = None  # 16 bits [k - m, patches, width] of the others
+    patch_positions: torch.Tensor | None = None  # int64[k * n_image_tokens], see find_placeholders
+    label_positions: torch.Tensor | None = None  # int64[n], see find_labels
     n_tokens: int = 0  # without padding
     skipped: Counter = field(default_factory=Counter)  # samples left out, by reason
 
     @property
     def n_labels(self) -> int:
         """Label tokens that the loss is a mean over."""
-        return count_labels(self.labels)
+        return 0 if self.label_positions is None else len(self.label_positions)
 
     @property
     def n_padding(self) -> int:
         return self.input_ids.numel() - self.n_tokens
 
+    def model_inputs(self) -> dict:
+        """What the model's forward takes to give a loss, but for the image features."""
+        names = ("input_ids", "labels", "patch_positions", "label_positions")
+        return {name: getattr(self, name) for name in names} | {"return_logits": False}
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        names = ("input_ids", "labels", "pixels", "cached_features")
+        names = ("input_ids", "labels", "patch_positions", "label_positions", "pixels", "cached_features")
         tensors = {name: getattr(self, name) for name in names}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
@@ -159,6 +167,33 @@ class TrainSamples(Dataset):
         features = self.find_features(digest)
         return digest, self.dataset.processor.resize(io.BytesIO(encoded)) if features is None else features
 
+    def collate(self, samples: list[tuple[int, dict | str]]) -> Batch:
+        """Pad and join; without a single good sample, a blank row that has no label and so teaches nothing."""
+        skipped = Counter(sample for _, sample in samples if isinstance(sample, str))
+        good = [(index, sample) for index, sample in samples if not isinstance(sample, str)]
+        if not good:
+            blank = torch.zeros(1, 2, dtype=torch.long)
+            return Batch(blank, torch.full_like(blank, IGNORE_INDEX), [], skipped=skipped)
+        pad, config = torch.nn.utils.rnn.pad_sequence, self.dataset.processor.config
+        input_ids = pad([sample["input_ids"] for _, sample in good], batch_first=True, padding_value=0)
+        labels = pad([sample["labels"] for _, sample in good], batch_first=True, padding_value=IGNORE_INDEX)
+        images = [image for _, sample in good for image in sample["images"]]
+        pixels = [image for _, image in images if image.dtype == torch.uint8]
+        cached = [image for _, image in images if image.dtype != torch.uint8]
+        return Batch(
+            input_ids=input_ids,
+            labels=labels,
+            indices=[index for index, _ in good],
+            digests=[digest for digest, _ in images],
+            is_cached=torch.tensor([image.dtype != torch.uint8 for _, image in images]) if images else None,
+            patch_positions=find_placeholders(input_ids, config.image_token_id, config.n_image_tokens),
+            label_positions=find_labels(labels),
+            pixels=torch.stack(pixels) if pixels else None,
+            cached_features=torch.stack(cached) if cached else None,
+            n_tokens=sum(len(sample["input_ids"]) for _, sample in good),
+            skipped=skipped,
+        )
+
 
 def find_nothing(digest: bytes) -> None:
     """`find_features` where there is no cache."""
@@ -171,38 +206,15 @@ def read_image_file(image: Path | io.BytesIO) -> bytes:
         raise BadSampleError("image missing", f"{image} ({error.strerror})") from error
 
 
-def collate(samples: list[tuple[int, dict | str]]) -> Batch:
-    """Pad and join; without a single good sample, a blank row that has no label and so teaches nothing."""
-    skipped = Counter(sample for _, sample in samples if isinstance(sample, str))
-    good = [(index, sample) for index, sample in samples if not isinstance(sample, str)]
-    if not good:
-        blank = torch.zeros(1, 2, dtype=torch.long)
-        return Batch(blank, torch.full_like(blank, IGNORE_INDEX), [], skipped=skipped)
-    pad = torch.nn.utils.rnn.pad_sequence
-    images = [image for _, sample in good for image in sample["images"]]
-    pixels = [image for _, image in images if image.dtype == torch.uint8]
-    cached = [image for _, image in images if image.dtype != torch.uint8]
-    return Batch(
-        input_ids=pad([sample["input_ids"] for _, sample in good], batch_first=True, padding_value=0),
-        labels=pad([sample["labels"] for _, sample in good], batch_first=True, padding_value=IGNORE_INDEX),
-        indices=[index for index, _ in good],
-        digests=[digest for digest, _ in images],
-        is_cached=torch.tensor([image.dtype != torch.uint8 for _, image in images]) if images else None,
-        pixels=torch.stack(pixels) if pixels else None,
-        cached_features=torch.stack(cached) if cached else None,
-        n_tokens=sum(len(sample["input_ids"]) for _, sample in good),
-        skipped=skipped,
-    )
-
-
 def make_loader(
     dataset, batches: LengthBatches, num_workers: int, find_features=find_nothing, pin_memory: bool = False
 ) -> DataLoader:
     """Batches of `dataset`, which has `read_text`, `processor` and `lengths`, in the order that `batches` gives."""
+    samples = TrainSamples(dataset, find_features)
     return DataLoader(
-        TrainSamples(dataset, find_features),
+        samples,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=samples.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -1,15 +1,13 @@
 """--batch_size auto: the largest batch that fits, with the samples of an optimizer step kept by accumulation."""
 
 import os
-import resource
-import sys
 
 import numpy as np
 import torch
 
 from model.errors import UserError
 from model.model_vlm import MiniMindVLM
-from trainer.batches import TrainSamples, collate, find_nothing
+from trainer.batches import TrainSamples, find_nothing
 from trainer.features import ImageEncoder
 from trainer.runtime import Runtime
 
@@ -51,16 +49,14 @@ def measure_peak(model: MiniMindVLM, train_data, size: int, runtime: Runtime) ->
         torch.cuda.reset_peak_memory_stats(runtime.device)
     longest = np.argsort(train_data.lengths)[::-1]
     samples = TrainSamples(train_data, find_nothing)
-    batch = collate([samples[int(longest[index % len(longest)])] for index in range(size)]).to(runtime.device)
+    batch = samples.collate([samples[int(longest[index % len(longest)])] for index in range(size)]).to(runtime.device)
     images = ImageEncoder(model.vision_encoder, train_data.processor.image_processor, None, runtime)
     with runtime.autocast():
         features = images.features(batch)
-        loss = model(batch.input_ids, labels=batch.labels, image_features=features, return_logits=False).loss
+        loss = model(**batch.model_inputs(), image_features=features).loss
     loss.backward()
     model.zero_grad(set_to_none=True)
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return runtime.peak_memory()
 
 
 def free_memory(runtime: Runtime) -> float:

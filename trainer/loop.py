@@ -112,6 +112,7 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             weights=str(out),
             skipped=dict(meter.skipped),
             dtype=dtype,
+            peak_memory_bytes=runtime.peak_memory(),
         )
     report_end(checkpoints, progress, total_steps, meter, runtime)
 
@@ -160,9 +161,7 @@ def accumulate_gradients(
                 with meter.timed("vision"):
                     image_features = images.features(batch)
                 with meter.timed("forward"):
-                    loss = network(
-                        batch.input_ids, labels=batch.labels, image_features=image_features, return_logits=False
-                    ).loss
+                    loss = network(**batch.model_inputs(), image_features=image_features).loss
             with meter.timed("backward"):
                 (loss * (count * runtime.world_size / n_labels)).backward()  # DDP will divide by world_size
             loss_sum += loss.detach() * count
@@ -183,9 +182,7 @@ def validate(
     for batch in make_loader(val_data, batches, 0, images.find_features):
         batch, count = batch.to(runtime.device), batch.n_labels
         with runtime.autocast():
-            output = model(
-                batch.input_ids, labels=batch.labels, image_features=images.features(batch), return_logits=False
-            )
+            output = model(**batch.model_inputs(), image_features=images.features(batch))
         loss_sum, n_labels = loss_sum + output.loss * count, n_labels + count
     loss_sum, n_labels = runtime.sum_over_ranks(loss_sum.item(), n_labels)
     model.train()

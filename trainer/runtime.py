@@ -2,7 +2,9 @@
 
 import os
 import random
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -89,6 +91,12 @@ class Runtime:
         if result[1] is not None:
             raise result[1]
         return result[0]
+
+    def peak_memory(self) -> int:
+        """Bytes of the GPU, or of this process without one, in use at their height."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def close(self) -> None:
         if self.world_size > 1:
