@@ -66,7 +66,12 @@ def main() -> None:
     else:
         for images in [args.image] if args.image else list_pictures(args):
             print(f"\n[{', '.join(Path(image).name for image in images)}]")
-            say_answer(Chat(model, processor), args.prompt or PROMPTS[min(len(images), 2)], images, args)
+            try:
+                say_answer(Chat(model, processor), args.prompt or PROMPTS[min(len(images), 2)], images, args)
+            except BadSampleError as error:
+                if args.image:  # asked for by name
+                    raise
+                print(f"skipped: {error}")
 
 
 def list_pictures(args: argparse.Namespace) -> list[list[Path]]:
@@ -87,14 +92,11 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def say_answer(chat: Chat, prompt: str, images: list, args: argparse.Namespace) -> None:
-    """Print the answer as it comes, then how fast it came; a picture that cannot be read costs one line."""
-    try:
-        sampling = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
-        for piece in chat.ask(prompt, images, **sampling):
-            print(piece, end="", flush=True)
-        print(f"\n({chat.tokens_per_second:.1f} tokens/s, first token after {chat.seconds_to_first_token:.2f} s)")
-    except BadSampleError as error:
-        print(f"skipped: {error}")
+    """Print the answer as it comes, then how fast it came. BadSampleError where a picture cannot be read."""
+    sampling = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
+    for piece in chat.ask(prompt, images, **sampling):
+        print(piece, end="", flush=True)
+    print(f"\n({chat.tokens_per_second:.1f} tokens/s, first token after {chat.seconds_to_first_token:.2f} s)")
 
 
 def converse(args: argparse.Namespace, chat: Chat) -> None:
@@ -110,7 +112,13 @@ def converse(args: argparse.Namespace, chat: Chat) -> None:
         if line == "/new":
             chat, waiting = Chat(chat.model, chat.processor), []
         elif line.startswith("/image "):
-            waiting.append(line.removeprefix("/image ").strip())
+            path = line.removeprefix("/image ").strip()
+            if Path(path).is_file():
+                waiting.append(path)
+            else:
+                print(f"no file {path}")
+        elif line.startswith("/"):
+            print("/image FILE adds a picture, /new starts anew, /exit ends")
         elif line:
             try:
                 say_answer(chat, line, waiting, args)

@@ -66,12 +66,19 @@ def test_images_and_prompt_by_flag(setup):
     assert finished.returncode == 0 and "[a.png, b.png]" in finished.stdout and "Traceback" not in finished.stdout
 
 
+def test_a_picture_asked_for_by_name_has_to_be_readable(setup):
+    folder, flags = setup
+    (folder / "bad.png").write_bytes(b"nothing")
+    finished = run_script("eval_vlm.py", *flags, "--image", folder / "bad.png")
+    assert finished.returncode == 2 and "error: image damaged" in finished.stdout and "Traceback" not in finished.stdout
+
+
 def test_chat_keeps_the_picture(setup):
     folder, flags = setup
-    typed = f"What?\n/image {folder}/pictures/b.png\nAnd now?\n/image nothing.png\nhm\n/new\nhello\n/exit\n"
+    typed = f"What?\n/image {folder}/pictures/b.png\nAnd now?\n/image nothing.png\n/help\nhm\n/new\nhello\n/exit\n"
     finished = run_script("eval_vlm.py", *flags, "--chat", "--image", folder / "pictures/a.png", input=typed)
-    assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 3, finished.stdout
-    assert "skipped: image missing: nothing.png" in finished.stdout
+    assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 4, finished.stdout
+    assert "no file nothing.png" in finished.stdout
 
 
 def test_a_dialogue_is_the_same_as_one_prompt(model, processor):

@@ -206,7 +206,7 @@ def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_s
         f"learned: {sum(parameter.numel() for parameter in learned):,} parameters\n"
         f"data: {len(train_data):,} rows of {args.data_path}\n"
         f"steps: {total_steps:,} of {effective} samples ({args.batch_size} x {args.accumulation_steps} accumulation "
-        f"x {runtime.world_size} devices), {args.epochs} epochs"
+        f"x {runtime.world_size} devices), {args.epochs} epoch{'s' if args.epochs > 1 else ''}"
     )
     left_out = getattr(train_data, "skipped", None)
     if left_out:
