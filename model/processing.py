@@ -89,13 +89,13 @@ def check_conversation(conversations: list[dict], blank_answers: bool = False) -
 
 def count_labels(labels: torch.Tensor) -> int:
     """Label tokens of int64[…, T] that a loss is a mean over: the first of a row has nothing before it."""
-    return int((labels[..., 1:] != IGNORE_INDEX).sum())
+    return len(find_labels(labels))
 
 
 def find_labels(labels: torch.Tensor) -> torch.Tensor:
-    """int64[n]: where the label tokens of int64[B, T] are, counted over B * T."""
+    """int64[n]: where the label tokens of int64[…, T] are, counted over all rows."""
     is_label = labels != IGNORE_INDEX
-    is_label[:, 0] = False  # nothing comes before it
+    is_label[..., 0] = False  # nothing comes before it
     return is_label.flatten().nonzero().squeeze(-1)
 
 

@@ -32,7 +32,7 @@ from model.LMConfig import VLMConfig
 from model.vision import quiet_transformers
 from scripts.bench_decode import N_LAYERS, measure_decoding
 from scripts.bench_published import LEVERS
-from scripts.bench_quality import measure_quality
+from scripts.bench_quality import SCRIPTS, measure_quality
 from scripts.bench_rows import measure_rows
 
 WORK = ROOT / "out" / "bench"
@@ -82,9 +82,7 @@ def stage_flags(args: argparse.Namespace, stage: str, dim: int) -> list[str]:
 
 def run(*command: str) -> str:
     """What it printed."""
-    env = os.environ | {
-        "PYTHONWARNINGS": "ignore"
-    }  # the published recipe has more workers than some machines have cores
+    env = os.environ | {"PYTHONWARNINGS": "ignore"}  # published: more workers than some machines have cores
     finished = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         sys.exit(f"error: {command[0]} failed; its message is above")
@@ -104,9 +102,8 @@ def measure_ours(args: argparse.Namespace, stage: str, dim: int) -> list[dict]:
     """Two epochs of the real script with its defaults: the first computes the features, the second finds them cached."""
     out_dir = WORK / f"out_{stage}_{dim}"
     flags = [*stage_flags(args, stage, dim), *args.flags, "--dtype", args.dtype, "--init_weights", "none"]
-    script = {"pretrain": "train_pretrain_vlm.py", "sft": "train_sft_vlm.py"}[stage]
     run(
-        script, *flags, "--out_dir", str(out_dir), "--epochs", "2", "--log_interval", "1", "--save_interval", "1000",
+        SCRIPTS[stage], *flags, "--out_dir", str(out_dir), "--epochs", "2", "--log_interval", "1", "--save_interval", "1000",
         "--save_name", "bench",
     )  # fmt: skip
     records = [json.loads(line) for line in (out_dir / f"bench_{dim}.log.jsonl").read_text().splitlines()]
@@ -205,11 +202,12 @@ def print_row(row: dict) -> None:
     )
 
 
+MEASURE = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality, "rows": measure_rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", nargs="?", choices=("train", "decode", "quality", "rows"), default="train", help="what to measure"
-    )
+    parser.add_argument("what", nargs="?", choices=MEASURE, default="train", help="what to measure")
     parser.add_argument(
         "--flickr8k", type=Path, help="folder of real rows and images (rendered scenes where not given)"
     )
@@ -236,9 +234,7 @@ def main() -> None:
         "--flags", nargs=argparse.REMAINDER, default=[], help="all that follows goes to our training scripts"
     )
     args = parser.parse_args()
-    rows = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality, "rows": measure_rows}[
-        args.what
-    ](args)
+    rows = MEASURE[args.what](args)
     path = ROOT / "out" / "bench.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.is_file() else {}

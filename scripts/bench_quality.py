@@ -20,7 +20,7 @@ from dataset.scene_set import write_scene_set
 
 WORK = ROOT / "out" / "bench" / "quality"
 STAND_INS = ROOT / "model" / "demo"
-STAGES = {"pretrain": "train_pretrain_vlm.py", "sft": "train_sft_vlm.py"}
+SCRIPTS = {"pretrain": "train_pretrain_vlm.py", "sft": "train_sft_vlm.py"}
 LEARNING_RATES = {"pretrain": "2e-3", "sft": "6e-4"}  # the demo's
 N_TRAIN = {"pretrain": 3200, "sft": 1600}  # rows; the projector alone needs longer until its loss is steady
 N_VAL, BATCH_SIZE, DIM = 320, 16, 128
@@ -55,7 +55,7 @@ def run(recipe: str, stage: str, seed: int) -> dict:
     else:
         out_dir = WORK / f"{recipe}-{stage}-{seed}"
         script = [
-            STAGES[stage],
+            SCRIPTS[stage],
             "--epochs",
             "1",
             "--log_interval",
