@@ -37,8 +37,13 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float) -> torch.Tensor:
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotate the *interleaved* pairs (x0, x1), (x2, x3) … of float[B, T, n_heads, head_dim] by rope[(B,) T, head_dim / 2, 2].
 
-    A pair is a complex number and a rotation its product with another: one kernel in place of eight.
+    A pair is a complex number and a rotation its product with another: one kernel in place of eight. A compiler
+    merges the eight by itself, and has none for complex numbers.
     """
+    if torch.compiler.is_compiling():
+        cos, sin = rope.unsqueeze(-3).unbind(-1)  # each (…, T, 1, head_dim / 2)
+        x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, n_heads, head_dim / 2)
+        return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).type_as(x)
     rotation = torch.view_as_complex(rope).unsqueeze(-2)  # (…, T, 1, head_dim / 2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, n_heads, head_dim / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, n_heads, head_dim)

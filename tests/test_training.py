@@ -1,6 +1,7 @@
 """The training scripts as processes: the same curve however it is spread, nothing frozen moves, nothing is lost."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -58,6 +59,21 @@ def test_accumulation_gives_the_same_curve(one_process, flags, tmp_path):
     )
     assert finished.returncode == 0, finished.stdout
     assert_same_run(one_process[0], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_compiled_blocks_give_the_same_curve(one_process, flags, tmp_path):
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    finished = run_script("train_sft_vlm.py", *flags, "--compile", "--out_dir", tmp_path, env=env)
+    assert finished.returncode == 0 and "warn" not in finished.stdout.lower(), finished.stdout
+    assert any((tmp_path / "inductor").rglob("*.cpp"))
+    assert_same_run(one_process[0], tmp_path)
+
+
+def test_compiling_without_a_compiler_says_so(flags, tmp_path):
+    env = {"PATH": str(tmp_path), "CXX": ""}
+    finished = run_script("train_sft_vlm.py", *flags, "--compile", "--out_dir", tmp_path, env=env)
+    assert finished.returncode == 2 and "error: --compile needs a C++ compiler" in finished.stdout, finished.stdout
 
 
 def test_automatic_batch_size_fits_and_keeps_the_step(one_process, flags, tmp_path):

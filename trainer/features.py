@@ -168,7 +168,7 @@ class ImageEncoder:
         if batch.cached_features is None:
             return features
         order = batch.is_cached.int().argsort(stable=True).argsort()  # fresh ones first, then cached ones
-        return torch.cat((features, batch.cached_features))[order.to(features.device)]
+        return torch.cat((features, batch.cached_features))[order.to(features.device, non_blocking=True)]
 
     def find_features(self, digest: bytes) -> torch.Tensor | None:
         """[patches, width] of an image seen before, on the host."""

@@ -66,7 +66,9 @@ class Runtime:
 
     def sum_on_device(self, value: float | torch.Tensor) -> torch.Tensor:
         """float[] on the device, summed over all processes; the host does not wait for it."""
-        total = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        total = (
+            value if torch.is_tensor(value) else torch.full((), float(value), device=self.device)
+        )  # no copy to wait for
         if self.world_size > 1:
             dist.all_reduce(total)
         return total

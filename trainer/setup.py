@@ -1,11 +1,14 @@
 """Build what is trained: tower, tokenizer, model, and the weights it starts from."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.nn import Parameter
 
 from model.checkpoint import load_weights, read_weights, weights_path
+from model.errors import UserError
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
@@ -30,7 +33,17 @@ def build_model(args, runtime: Runtime) -> tuple[MiniMindVLM, VLMProcessor]:
         runtime.say(f"weights: {path}")
     model.to(runtime.device)
     tower.to(runtime.dtype)  # frozen, so it needs no float32 master copy
+    if args.compile:
+        compile_blocks(model)
     return model, VLMProcessor(tokenizer, image_processor, config)
+
+
+def compile_blocks(model: MiniMindVLM) -> None:
+    """Compile one block of each kind for all of them, once for any batch size and length; names of weights stay."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
+        raise UserError("--compile needs a C++ compiler and there is none: install g++, or leave --compile out")
+    for block in (*model.layers, *model.vision_encoder.encoder.layers):
+        block.compile(dynamic=True)
 
 
 def choose_learned(model: MiniMindVLM, is_learned: Callable[[str], bool]) -> list[Parameter]:
