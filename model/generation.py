@@ -10,7 +10,6 @@ from model.model_lm import KVCache
 LIKELIEST = 256  # tokens ranked at first on a CPU: a tenth of the time that sorting all takes, and nearly always enough
 
 
-@torch.no_grad()
 def prefill(
     model,
     input_ids: torch.Tensor,
@@ -25,7 +24,6 @@ def prefill(
     return model.output(hidden[:, -1])
 
 
-@torch.no_grad()
 def decode_one_token(model, token: torch.Tensor, attention_mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
     """int64[B], the tokens chosen last -> float[B, vocab_size], logits of the next ones."""
     hidden = model.run_layers(model.tok_embeddings(token[:, None]), attention_mask, cache)
@@ -87,6 +85,7 @@ def generate(
     return torch.cat((input_ids, new_tokens), dim=1)
 
 
+@torch.inference_mode()
 def _steps(
     model, input_ids, pixel_values, image_features, attention_mask,
     max_new_tokens, temperature, top_p, eos_token_id, pad_token_id,

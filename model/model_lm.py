@@ -54,15 +54,17 @@ class KVCache:
 
     def __init__(self, config: LMConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, max_length, config.head_dim)
-        self.store = torch.empty(shape, device=device, dtype=dtype)
+        store = torch.empty(shape, device=device, dtype=dtype)
+        self.layers = [layer.unbind(0) for layer in store]  # (keys, values) each (B, n_kv_heads, max_length, head_dim)
         self.length = 0  # tokens stored by finished forward passes
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store float[B, n_kv_heads, T, head_dim] behind what is there; returns all keys and values so far."""
-        end = self.length + keys.shape[2]
-        self.store[layer, 0, :, :, self.length : end] = keys
-        self.store[layer, 1, :, :, self.length : end] = values
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+        n_new = keys.shape[2]
+        all_keys, all_values = self.layers[layer]
+        all_keys.narrow(2, self.length, n_new).copy_(keys)
+        all_values.narrow(2, self.length, n_new).copy_(values)
+        return all_keys.narrow(2, 0, self.length + n_new), all_values.narrow(2, 0, self.length + n_new)
 
 
 class Attention(nn.Module):
