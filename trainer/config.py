@@ -38,7 +38,9 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     )
     group.add_argument("--feature_cache_gb", type=float, default=20, help="largest size of it; 0: no cache")
     group.add_argument(
-        "--compile", action="store_true", help="compile the blocks of tower and language model (needs a C++ compiler; on a CPU it gains nothing)"
+        "--compile",
+        action="store_true",
+        help="compile the blocks of tower and language model (needs a C++ compiler; on a CPU it gains nothing)",
     )
     group.add_argument(
         "--time_split", action="store_true", help="on a GPU, log the time of each part of a step (slower)"
