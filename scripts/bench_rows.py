@@ -47,13 +47,13 @@ def open_and_read(path: Path) -> None:
     from dataset.vlm_dataset import VLMDataset
     from model.LMConfig import VLMConfig
     from model.processing import VLMProcessor, load_tokenizer
-    from trainer.batches import LengthBatches, make_loader
+    from trainer.batches import StepBatches, make_loader
 
     processor = VLMProcessor(load_tokenizer(ROOT / "model/demo/tokenizer"), CLIPImageProcessorPil(), VLMConfig())
     before, start = memory_bytes("self", "Rss"), time.perf_counter()
     data = VLMDataset(path, WORK / "images", processor, 640)
     opened = time.perf_counter() - start
-    batches = iter(make_loader(data, LengthBatches(data.lengths, 16), N_WORKERS))
+    batches = iter(make_loader(data, StepBatches(data.lengths, 16), N_WORKERS))
     next(batches)
     first = time.perf_counter() - start
     for _ in range(N_BATCHES):

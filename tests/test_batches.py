@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.errors import BadSampleError
 from model.LMConfig import VLMConfig
-from trainer.batches import LengthBatches, TrainSamples, find_nothing, make_loader
+from trainer.batches import StepBatches, TrainSamples, find_nothing, make_loader
 from trainer.loop import learning_rate, warm_up
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda values: np.array(values, dtype=np.int32))
@@ -21,7 +21,7 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda val
 def test_every_sample_once_in_an_epoch_over_all_ranks(lengths, batch_size, accumulation_steps, world_size, epoch):
     seen = []
     for rank in range(world_size):
-        batches = LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
+        batches = StepBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
         batches.epoch = epoch
         mine = list(batches)
         assert len(mine) == len(batches) == batches.steps_left * accumulation_steps
@@ -35,7 +35,7 @@ def test_every_sample_once_in_an_epoch_over_all_ranks(lengths, batch_size, accum
 def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
     def steps(batch_size, accumulation_steps, world_size):
         ranks = [
-            list(LengthBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1))
+            list(StepBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1))
             for rank in range(world_size)
         ]
         n = len(ranks[0]) // accumulation_steps
@@ -48,17 +48,21 @@ def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
     assert steps(16, 1, 1) == steps(8, 1, 2) == steps(8, 2, 1) == steps(4, 2, 2)
 
 
-def test_epochs_differ_and_lengths_are_alike():
+def test_steps_are_random_and_their_batches_of_like_length():
     lengths = np.random.default_rng(0).integers(200, 600, 4000)
-    batches = LengthBatches(lengths, 16, seed=1)
+    batches = StepBatches(lengths, 16, accumulation_steps=4, seed=1)
     first = list(batches)
     assert first == list(batches)
     batches.epoch = 1
     assert first != list(batches)
-    padding = 1 - sum(lengths[b].sum() for b in first) / sum(lengths[b].max() * len(b) for b in first)
-    assert padding < 0.03
-    means = [lengths[b].mean() for b in first[:100]]
-    assert np.std(means) > 50 and abs(np.corrcoef(means, range(100))[0, 1]) < 0.3, "batches come in no order of length"
+    steps = np.stack([np.concatenate(first[i : i + 4]) for i in range(0, 248, 4)])
+    assert steps.shape == (62, 64) and np.std(lengths[steps].mean(axis=1)) < 20, "steps are samples of the whole set"
+
+    def padding(cut):
+        return 1 - sum(lengths[b].sum() for b in cut) / sum(lengths[b].max() * len(b) for b in cut)
+
+    assert padding(first) < 0.12 < 0.25 < padding(list(StepBatches(lengths, 64, seed=1)))
+    assert padding(list(StepBatches(lengths, 16, shuffle=False))) < 0.01, "validation may take them in order of length"
 
 
 class Samples:
@@ -89,7 +93,7 @@ def test_bad_samples_are_left_out_and_counted():
 
 
 def test_loader_workers_report_bad_samples():
-    loader = make_loader(Samples(), LengthBatches(np.arange(5), 2, shuffle=False), num_workers=2)
+    loader = make_loader(Samples(), StepBatches(np.arange(5), 2, shuffle=False), num_workers=2)
     batches = list(loader)
     assert sum(len(batch.indices) for batch in batches) == 3
     assert sum(batch.skipped["image damaged"] for batch in batches) == 2

@@ -114,7 +114,7 @@ def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
     """Loss and gradients of a batch of the loader, with positions found there, features out of the cache and the head at labels
     only, against whole logits, CLIP's own float pixels and rows one by one without padding."""
     from dataset.vlm_dataset import VLMDataset
-    from trainer.batches import LengthBatches, make_loader
+    from trainer.batches import StepBatches, make_loader
     from trainer.features import FeatureCache, ImageEncoder
     from trainer.runtime import Runtime
 
@@ -123,7 +123,7 @@ def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
     cache = FeatureCache(tmp_path, (N_PATCHES, model.config.vision_dim), torch.float16, 1e8)
     images = ImageEncoder(model.vision_encoder, processor.image_processor, cache, runtime)
     for _ in range(2):  # the second time all features come from the cache
-        loader = make_loader(data, LengthBatches(data.lengths, 24), 0, images.find_features)
+        loader = make_loader(data, StepBatches(data.lengths, 24), 0, images.find_features)
         (batch,) = list(loader)
         features = images.features(batch)
         while images._unwritten:

@@ -16,19 +16,17 @@ from model.errors import BadSampleError
 from model.model_vlm import find_placeholders
 from model.processing import IGNORE_INDEX, find_labels
 
-# Optimizer steps whose samples are sorted by length together: enough to pad little, too few to order an epoch.
-POOL = 64
 
-
-class LengthBatches(Sampler[list[int]]):
-    """Shuffled batches of similar length, the same samples in each optimizer step however the step is cut up.
+class StepBatches(Sampler[list[int]]):
+    """Shuffled batches (by length where nothing is learned), the same samples in each optimizer step however it is cut up.
 
     An optimizer step takes world_size * accumulation_steps * batch_size samples; which ones depends on seed and epoch
     only. Each rank yields its accumulation_steps batches of every step; no sample is left out or repeated. In the last
-    step, batches may be short or empty.
+    step, batches may be short or empty. Steps are random; within a step, samples are sorted by length, so that batches of one
+    step pad little and ranks wait little for each other. (Sorting over many steps would pad less, but batches of samples that are
+    alike teach less: dev/LOG.md, 2026-11-24.)
 
-    `epoch` and `taken` are the position in the data. A run that goes on with another number of samples in a step cuts
-    what is left of the epoch anew.
+    `epoch` and `samples_taken` are the position in the data: a run may go on from there with another number of samples in a step.
     """
 
     def __init__(
@@ -38,17 +36,12 @@ class LengthBatches(Sampler[list[int]]):
         self.lengths, self.batch_size, self.accumulation_steps = lengths, batch_size, accumulation_steps
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
         self.epoch = 0
-        self.taken: list[list[int]] = []  # [samples in a step, steps done] in this epoch, for each size of step
+        self.samples_taken = 0  # in this epoch, over all ranks
 
     @property
     def step_size(self) -> int:
         """Samples of an optimizer step, over all ranks."""
         return self.batch_size * self.accumulation_steps * self.world_size
-
-    @property
-    def samples_taken(self) -> int:
-        """Samples of this epoch that are done."""
-        return min(len(self.lengths), sum(size * steps for size, steps in self.taken))
 
     @property
     def steps_left(self) -> int:
@@ -62,44 +55,22 @@ class LengthBatches(Sampler[list[int]]):
 
     def advance(self) -> None:
         """An optimizer step is done."""
-        if not self.taken or self.taken[-1][0] != self.step_size:
-            self.taken.append([self.step_size, 0])
-        self.taken[-1][1] += 1
+        self.samples_taken = min(len(self.lengths), self.samples_taken + self.step_size)
 
     def start_epoch(self, epoch: int) -> None:
-        self.epoch, self.taken = epoch, []
+        self.epoch, self.samples_taken = epoch, 0
 
     def __len__(self) -> int:
         return self.steps_left * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        n_batches = self.accumulation_steps * self.world_size
-        for step in self._steps_to_do():
-            parts = np.array_split(step, n_batches)
-            yield from (part.tolist() for part in parts[self.rank :: self.world_size])
-
-    def _steps_to_do(self) -> list[np.ndarray]:
-        """Indices of the samples of every optimizer step that is left of this epoch."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        left = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
-        for index, (step_size, n_done) in enumerate(self.taken):
-            steps = self._cut(left, step_size, rng)
-            if step_size == self.step_size and index == len(self.taken) - 1:
-                return steps[n_done:]
-            left = left[~np.isin(left, np.concatenate([left[:0], *steps[:n_done]]))]
-        return self._cut(left, self.step_size, rng)
-
-    def _cut(self, order: np.ndarray, step_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-        """Steps of similar length: sorted within pools, then shuffled."""
-        steps = []
-        for start in range(0, len(order), POOL * step_size):
-            pool = order[start : start + POOL * step_size]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            steps += [pool[i : i + step_size] for i in range(0, len(pool), step_size)]
-        if self.shuffle:
-            last = steps.pop() if len(order) % step_size else None  # the short step stays last
-            steps = [steps[i] for i in rng.permutation(len(steps))] + ([] if last is None else [last])
-        return steps
+        order = rng.permutation(len(self.lengths)) if self.shuffle else np.argsort(self.lengths, kind="stable")
+        for start in range(self.samples_taken, len(order), self.step_size):
+            step = order[start : start + self.step_size]
+            step = step[np.argsort(self.lengths[step], kind="stable")]
+            parts = np.array_split(step, self.accumulation_steps * self.world_size)
+            yield from (part.tolist() for part in parts[self.rank :: self.world_size])
 
 
 @dataclass
@@ -207,7 +178,7 @@ def read_image_file(image: Path | io.BytesIO) -> bytes:
 
 
 def make_loader(
-    dataset, batches: LengthBatches, num_workers: int, find_features=find_nothing, pin_memory: bool = False
+    dataset, batches: StepBatches, num_workers: int, find_features=find_nothing, pin_memory: bool = False
 ) -> DataLoader:
     """Batches of `dataset`, which has `read_text`, `processor` and `lengths`, in the order that `batches` gives."""
     samples = TrainSamples(dataset, find_features)

@@ -14,7 +14,7 @@ import torch
 from model.checkpoint import load_weights, read_checkpoint, save_atomically, weights_path, weights_to_save
 from model.errors import UserError
 from model.model_vlm import MiniMindVLM
-from trainer.batches import LengthBatches
+from trainer.batches import StepBatches
 from trainer.runtime import Runtime
 
 
@@ -30,7 +30,7 @@ class Checkpoints:
     """Saves a run as OUT_DIR/NAME_DIM.resume/step-N.pth, at every save the weights alone as OUT_DIR/NAME_DIM.pth too."""
 
     def __init__(
-        self, model: MiniMindVLM, optimizer: torch.optim.Optimizer, batches: LengthBatches, args, runtime: Runtime
+        self, model: MiniMindVLM, optimizer: torch.optim.Optimizer, batches: StepBatches, args, runtime: Runtime
     ):
         self.model, self.optimizer, self.batches, self.args, self.runtime = model, optimizer, batches, args, runtime
         self.weights = weights_path(args.out_dir, args.save_name, args.dim)
@@ -54,7 +54,7 @@ class Checkpoints:
             "run": self.run,
             "progress": asdict(progress),
             "epoch": self.batches.epoch,
-            "taken": self.batches.taken,
+            "samples_taken": self.batches.samples_taken,
             "optimizer": self.optimizer.state_dict(),
             "weights": weights,
         }
@@ -91,7 +91,7 @@ class Checkpoints:
                 )
         load_weights(self.model, state["weights"], found[-1])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.epoch, self.batches.taken = state["epoch"], state["taken"]
+        self.batches.epoch, self.batches.samples_taken = state["epoch"], state["samples_taken"]
         self.saved = found
         progress = Progress(**state["progress"])
         self.runtime.say(

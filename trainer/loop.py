@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.errors import UserError, list_reasons
 from model.model_vlm import MiniMindVLM
-from trainer.batches import Batch, LengthBatches, make_loader
+from trainer.batches import Batch, StepBatches, make_loader
 from trainer.checkpoints import Checkpoints, Progress
 from trainer.features import ImageEncoder, open_cache
 from trainer.fit import fit_batch_size
@@ -31,7 +31,7 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     """Train every parameter that requires a gradient; leave weights, log and curve in args.out_dir."""
     if args.batch_size == "auto":
         fit_batch_size(model, train_data, args, runtime)
-    batches = LengthBatches(
+    batches = StepBatches(
         train_data.lengths, args.batch_size, args.accumulation_steps, runtime.rank, runtime.world_size, args.seed
     )
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -117,7 +117,7 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     report_end(checkpoints, progress, total_steps, meter, runtime)
 
 
-def count_steps(progress: Progress, batches: LengthBatches, args) -> int:
+def count_steps(progress: Progress, batches: StepBatches, args) -> int:
     """Optimizer steps of the whole run, those before a resume among them."""
     full_epoch = -(-len(batches.lengths) // batches.step_size)
     steps = progress.step + batches.steps_left + max(0, args.epochs - batches.epoch - 1) * full_epoch
@@ -134,7 +134,7 @@ def warm_up(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-def optimizer_steps(loader: DataLoader, batches: LengthBatches, args, meter: Meter) -> Iterator[list[Batch]]:
+def optimizer_steps(loader: DataLoader, batches: StepBatches, args, meter: Meter) -> Iterator[list[Batch]]:
     """The batches of every optimizer step that is left, epoch by epoch."""
     while batches.steps_left or batches.epoch + 1 < args.epochs:
         if not batches.steps_left:
@@ -175,7 +175,7 @@ def validate(
 ) -> None:  # fmt: skip
     """Log the mean loss over all label tokens of `val_data`, shared out among the ranks; keep the best weights."""
     model.eval()
-    batches = LengthBatches(
+    batches = StepBatches(
         val_data.lengths, args.batch_size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False
     )
     loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
