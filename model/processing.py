@@ -124,6 +124,7 @@ class VLMProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor, config: VLMConfig):
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.image_token_id, self.image_ids = config.image_token_id, list(config.image_ids)  # a config is slow to ask
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
         self._fixed: dict[str, list[int]] = {}  # ids of the chat format's own pieces
         self._special_tokens = tokenizer.all_special_tokens
@@ -203,16 +204,16 @@ class VLMProcessor:
     def _expand_images(self, content: str) -> list[int]:
         """Tokens of a user turn with every `<image>` as its run of placeholder ids. An '@' of the text keeps its distance
         from the run, so that the run's length tells an image from text."""
-        token_id, tokens = self.config.image_token_id, []
+        tokens = []
         pieces = content.split(IMAGE_TAG)
         for index, piece in enumerate(pieces):
             piece_tokens = self._break_long_runs(self._content_tokens(piece))
             if index > 0:
-                tokens += self.config.image_ids
-                if piece_tokens[:1] == [token_id]:
+                tokens += self.image_ids
+                if piece_tokens[:1] == [self.image_token_id]:
                     tokens += self._format_tokens("\n")
             tokens += piece_tokens
-            if index < len(pieces) - 1 and piece_tokens[-1:] == [token_id]:
+            if index < len(pieces) - 1 and piece_tokens[-1:] == [self.image_token_id]:
                 tokens += self._format_tokens("\n")
         return tokens
 
@@ -220,8 +221,8 @@ class VLMProcessor:
         """Split a run of '@' in the text that is as long as an image's, lest it stand for one."""
         unbroken, whole = [], []
         for token in tokens:
-            unbroken = unbroken + [token] if token == self.config.image_token_id else []
-            if len(unbroken) == self.config.n_image_tokens:
+            unbroken = unbroken + [token] if token == self.image_token_id else []
+            if len(unbroken) == len(self.image_ids):
                 whole += self._format_tokens("\n")
                 unbroken = [token]
             whole.append(token)
@@ -229,10 +230,10 @@ class VLMProcessor:
 
     def _cut(self, input_ids: list[int], max_length: int) -> tuple[int, int]:
         """(length, images) of the sample after cutting at `max_length`, before an image that would not fit."""
-        size, token_id, position, n_images = self.config.n_image_tokens, self.config.image_token_id, 0, 0
+        size, position, n_images = len(self.image_ids), 0, 0
         length = min(len(input_ids), max_length)
         while position < length:
-            if input_ids[position : position + size] == [token_id] * size:
+            if input_ids[position] == self.image_token_id and input_ids[position : position + size] == self.image_ids:
                 if position + size > length:
                     return position, n_images
                 n_images += 1

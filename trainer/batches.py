@@ -134,7 +134,7 @@ class TrainSamples(Dataset):
 
     def _read_image(self, image: Path | io.BytesIO) -> tuple[bytes, torch.Tensor]:
         encoded = read_image_file(image)
-        digest = hashlib.blake2b(encoded, digest_size=16).digest()
+        digest = hash_image(encoded)
         features = self.find_features(digest)
         return digest, self.dataset.processor.resize(io.BytesIO(encoded)) if features is None else features
 
@@ -168,6 +168,11 @@ class TrainSamples(Dataset):
 
 def find_nothing(digest: bytes) -> None:
     """`find_features` where there is no cache."""
+
+
+def hash_image(encoded: bytes) -> bytes:
+    """16 bytes that stand for a picture's file."""
+    return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def read_image_file(image: Path | io.BytesIO) -> bytes:

@@ -1,0 +1,51 @@
+"""What only a GPU can show."""
+
+import pytest
+import torch
+from conftest import small_model
+
+from dataset.vlm_dataset import VLMDataset
+from trainer.batches import StepBatches, make_loader
+from trainer.features import ImageEncoder
+from trainer.loop import accumulate_gradients
+from trainer.meter import Meter
+from trainer.runtime import Runtime
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def train_a_step(device: str, data: VLMDataset) -> dict[str, torch.Tensor]:
+    """Weights after one optimizer step of two batches; an error if the host ever waits for the GPU on the way."""
+    runtime = Runtime(torch.device(device), torch.float32)
+    model = small_model().to(device).train()
+    model.vision_encoder.requires_grad_(False)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, fused=True)
+    images = ImageEncoder(model.vision_encoder, data.processor.image_processor, None, runtime)
+    batches = StepBatches(data.lengths, 12, accumulation_steps=2)
+    micro_batches = list(make_loader(data, batches, 0, pin_memory=device == "cuda"))
+    meter = Meter(runtime)
+    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+    try:
+        accumulate_gradients(model, images, micro_batches, meter, runtime)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {name: weight.cpu() for name, weight in model.state_dict().items()}
+
+
+def test_a_step_on_a_gpu_is_the_cpus_and_the_host_never_waits(rows_dir, processor):
+    data = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
+    expected = train_a_step("cpu", data)
+    for name, weight in train_a_step("cuda", data).items():
+        torch.testing.assert_close(weight, expected[name], atol=2e-3, rtol=0, msg=name)
+
+
+def test_greedy_answers_on_a_gpu_are_the_cpus():
+    input_ids = torch.randint(100, 600, (1, 20), generator=torch.Generator().manual_seed(0))
+    answers = [
+        small_model().to(device).generate(input_ids.to(device), max_new_tokens=20, temperature=0).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(*answers)
