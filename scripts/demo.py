@@ -68,7 +68,7 @@ def train_stages(data: Path) -> None:
     run_stage(
         "SFT: the whole language model learns to answer about images", "train_sft_vlm.py",
         *TRAIN_FLAGS, "--data_path", str(data / "sft_vlm_data.jsonl"), "--images_path", str(data / "sft_images"),
-        "--epochs", "1", "--batch_size", "16", "--learning_rate", "6e-4", "--warmup_iters", "20",
+        "--epochs", "1", "--batch_size", "8", "--accumulation_steps", "2", "--learning_rate", "6e-4", "--warmup_iters", "20",
     )  # fmt: skip
 
 
