@@ -127,6 +127,6 @@ def test_with_and_without_the_cache_the_curve_is_the_same(run, tmp_path):
         cached = run(tmp_path / workers, "--num_workers", workers)
         again = run(tmp_path / workers, "--num_workers", workers)
         assert "24 images take up to 0 MB" in cached.printed and "(24 are there;" in again.printed
-        assert cached.losses == pytest.approx(without.losses, abs=2e-4)
+        assert cached.losses == pytest.approx(without.losses, rel=1e-3)  # features are kept in 16 bits
         assert all(torch.equal(weight, again.weights[name]) for name, weight in cached.weights.items())
     assert not (tmp_path / "without/features").exists()
