@@ -1,12 +1,16 @@
 """Text generation with a KV cache: prefill the prompt once, then decode one token at a time."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
+from model.cuda_graph import GraphDecoder
 from model.errors import UserError
 from model.model_lm import KVCache
 
+GPU_TOKENS_UNREAD = 16  # tokens after which the host asks a GPU whether all answers have ended
 LIKELIEST = 256  # tokens ranked at first on a CPU: a tenth of the time that sorting all takes, and nearly always enough
 
 
@@ -24,8 +28,12 @@ def prefill(
     return model.output(hidden[:, -1])
 
 
-def decode_one_token(model, token: torch.Tensor, attention_mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
-    """int64[B], the tokens chosen last -> float[B, vocab_size], logits of the next ones."""
+def decode_one_token(
+    model, token: torch.Tensor, *, attention_mask: torch.Tensor | None, cache: KVCache
+) -> torch.Tensor:
+    """int64[B], the tokens chosen last -> float[B, vocab_size], logits of the next ones. `attention_mask` [B, max_length]."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, : cache.length + 1]
     hidden = model.run_layers(model.tok_embeddings(token[:, None]), attention_mask, cache)
     return model.output(hidden[:, -1])
 
@@ -78,17 +86,24 @@ def generate(
     steps = _steps(
         model, input_ids, pixel_values, image_features, attention_mask,
         min(max_new_tokens, room), temperature, top_p, eos_token_id, pad_token_id,
+        check_every=GPU_TOKENS_UNREAD if input_ids.is_cuda and not stream else 1,
     )  # fmt: skip
     if stream:
         return steps
     *_, new_tokens = [input_ids[:, :0], *steps]
-    return torch.cat((input_ids, new_tokens), dim=1)
+    return torch.cat((input_ids, cut_after_end(new_tokens, eos_token_id)), dim=1)
+
+
+def cut_after_end(new_tokens: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """int64[B, N] up to where the last answer ends: a GPU may have gone on before the host asked."""
+    has_ended = (new_tokens == eos_token_id).cumsum(dim=1).bool().all(dim=0)  # (N,)
+    return new_tokens[:, : int((~has_ended).sum()) + 1]
 
 
 @torch.inference_mode()
 def _steps(
     model, input_ids, pixel_values, image_features, attention_mask,
-    max_new_tokens, temperature, top_p, eos_token_id, pad_token_id,
+    max_new_tokens, temperature, top_p, eos_token_id, pad_token_id, check_every,
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     batch_size, prompt_length = input_ids.shape
     dtype = model.tok_embeddings.weight.dtype
@@ -96,13 +111,16 @@ def _steps(
     finished = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids.new_empty(batch_size, max_new_tokens)
     logits = prefill(model, input_ids, pixel_values, image_features, attention_mask, cache)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
+    decode = partial(decode_one_token, model, attention_mask=attention_mask, cache=cache)
     for n in range(max_new_tokens):
+        if n == 1 and input_ids.is_cuda:  # not before the first token is out: recording takes some time
+            decode = GraphDecoder(model, cache, attention_mask)
         if n > 0:
-            if attention_mask is not None:
-                attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch_size, 1)), dim=1)
-            logits = decode_one_token(model, tokens[:, n - 1], attention_mask, cache)
+            logits = decode(tokens[:, n - 1])
         tokens[:, n] = sample(logits, temperature, top_p).masked_fill(finished, pad_token_id)
         finished |= tokens[:, n] == eos_token_id
         yield tokens[:, : n + 1]
-        if finished.all():
+        if (n + 1) % check_every == 0 and finished.all():
             return

@@ -42,10 +42,20 @@ def test_a_step_on_a_gpu_is_the_cpus_and_the_host_never_waits(rows_dir, processo
         torch.testing.assert_close(weight, expected[name], atol=2e-3, rtol=0, msg=name)
 
 
-def test_greedy_answers_on_a_gpu_are_the_cpus():
-    input_ids = torch.randint(100, 600, (1, 20), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("eos_token_id", [2, 600])
+def test_greedy_answers_on_a_gpu_are_the_cpus(eos_token_id):
+    """A left-padded batch, decoded by a CUDA graph; the host asks only now and then whether all answers have ended."""
+    input_ids = torch.randint(100, 600, (2, 20), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :7] = 0
     answers = [
-        small_model().to(device).generate(input_ids.to(device), max_new_tokens=20, temperature=0).cpu()
+        small_model()
+        .to(device)
+        .generate(
+            input_ids.to(device), attention_mask=attention_mask.to(device), max_new_tokens=40, temperature=0,
+            eos_token_id=eos_token_id,
+        )
+        .cpu()
         for device in ("cpu", "cuda")
-    ]
+    ]  # fmt: skip
     assert torch.equal(*answers)

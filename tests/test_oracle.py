@@ -14,8 +14,10 @@ from model.convert import (
     to_llava,
     to_llava_ids,
 )
+from model.cuda_graph import GraphDecoder
 from model.errors import UserError
 from model.evaluation import pad_left
+from model.generation import cut_after_end, decode_one_token, prefill
 from model.model_lm import KVCache
 from model.model_vlm import find_placeholders
 
@@ -114,6 +116,30 @@ def test_left_padded_batch_equals_one_by_one(model):
     for row, shown, together in zip(rows, per_row, batch):
         alone = model.generate(torch.tensor([row]), shown, max_new_tokens=12, temperature=0)[0, len(row) :]
         assert together[input_ids.shape[1] :][: len(alone)].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_what_a_gpu_records_is_decode_one_token(model, is_padded):
+    """Fixed positions and a mask over the whole cache in place of growing slices, with left padding and without."""
+    rows = [tokens(2) + IMAGE + tokens(3), tokens(1, 5 if is_padded else 24 + N_PATCHES)]
+    input_ids, attention_mask = pad_left([torch.tensor(row) for row in rows])
+    whole_mask = torch.nn.functional.pad(attention_mask, (0, 6), value=1) if is_padded else None
+    caches = [KVCache(model.config, 2, input_ids.shape[1] + 6, input_ids.device, torch.float32) for _ in range(2)]
+    with torch.inference_mode():
+        for cache in caches:
+            prefill(model, input_ids, images(1), None, attention_mask if is_padded else None, cache)
+        decode = GraphDecoder(model, caches[0], whole_mask)
+        for step in range(6):
+            token = torch.tensor(tokens(step, 2))
+            expected = decode_one_token(model, token, attention_mask=whole_mask, cache=caches[1])
+            torch.testing.assert_close(decode(token), expected, atol=1e-5, rtol=0)
+
+
+def test_answers_are_cut_where_the_last_one_ends():
+    new_tokens = torch.tensor([[5, 2, 0, 0, 0, 0], [5, 6, 7, 2, 0, 0]])
+    assert cut_after_end(new_tokens, 2).tolist() == new_tokens[:, :4].tolist()
+    assert cut_after_end(new_tokens, 9).tolist() == new_tokens.tolist()
+    assert cut_after_end(new_tokens[:, :0], 2).shape == (2, 0)
 
 
 def test_streaming_yields_the_same_tokens_and_stops_at_the_end_token(model):
