@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dataset.vlm_dataset import VLMDataset
+from dataset.mixture import open_data
 from model.chat import Chat
 from model.checkpoint import save_text
 from model.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
@@ -39,8 +39,10 @@ def parse_args() -> argparse.Namespace:
         "folders of pictures (dataset/eval_multi_images)"
     )  # fmt: skip
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--data", help="rows with known answers, .jsonl or .parquet")
-    group.add_argument("--images_path", help="folder of the images that --data names")
+    group.add_argument("--data", nargs="+", metavar="FILE", help="rows with known answers, .jsonl or .parquet")
+    group.add_argument(
+        "--images_path", nargs="+", metavar="FOLDER", help="folder or .zip of the images that --data names"
+    )
     group.add_argument(
         "--show_images",
         choices=IMAGE_CHOICES,
@@ -128,7 +130,7 @@ def converse(args: argparse.Namespace, chat: Chat) -> None:
 
 
 def measure(args: argparse.Namespace, model, processor) -> None:
-    dataset = VLMDataset(args.data, args.images_path, processor, args.max_seq_len)
+    dataset = open_data(args.data, args.images_path, processor, args.max_seq_len)
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
     questions = collect_questions(dataset, args.show_images)

@@ -4,7 +4,7 @@ python train_pretrain_vlm.py --epochs 4
 torchrun --nproc_per_node 2 train_pretrain_vlm.py --epochs 4
 """
 
-from dataset.vlm_dataset import VLMDataset
+from dataset.mixture import open_data
 from model.errors import run_command
 from trainer.config import parse_train_args
 from trainer.loop import train
@@ -14,8 +14,8 @@ from trainer.setup import build_model, choose_learned
 DEFAULTS = dict(
     init_name="lm",  # starts from out/lm_512.pth
     save_name="pretrain_vlm",
-    data_path="dataset/pretrain_vlm_data.jsonl",
-    images_path="dataset/pretrain_images",
+    data_path=["dataset/pretrain_vlm_data.jsonl"],
+    images_path=["dataset/pretrain_images"],
     epochs=4,
     batch_size=16,
     learning_rate=4e-4,
@@ -30,10 +30,10 @@ def main() -> None:
     model, processor = build_model(args, runtime)
     last_layer = f"layers.{model.config.n_layers - 1}."
     choose_learned(model, lambda name: name.startswith(("vision_proj.", last_layer)))
-    train_data = VLMDataset(args.data_path, args.images_path, processor, args.max_seq_len)
+    train_data = open_data(args.data_path, args.images_path, processor, args.max_seq_len)
     val_data = None
     if args.val_data:
-        val_data = VLMDataset(args.val_data, args.val_images or args.images_path, processor, args.max_seq_len)
+        val_data = open_data(args.val_data, args.val_images or args.images_path, processor, args.max_seq_len)
     train(model, train_data, val_data, args, runtime)
     runtime.close()
 

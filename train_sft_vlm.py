@@ -4,7 +4,7 @@ python train_sft_vlm.py --epochs 4
 python train_sft_vlm.py --data dataset/sft_vlm_data_multi.jsonl --images dataset/sft_multi_images --save_name sft_vlm_multi
 """
 
-from dataset.vlm_dataset import VLMDataset
+from dataset.mixture import open_data
 from model.errors import run_command
 from trainer.config import parse_train_args
 from trainer.loop import train
@@ -14,8 +14,8 @@ from trainer.setup import build_model, choose_learned
 DEFAULTS = dict(
     init_name="pretrain_vlm",  # starts from out/pretrain_vlm_512.pth
     save_name="sft_vlm",
-    data_path="dataset/sft_vlm_data.jsonl",
-    images_path="dataset/sft_images",
+    data_path=["dataset/sft_vlm_data.jsonl"],
+    images_path=["dataset/sft_images"],
     epochs=6,
     batch_size=8,
     learning_rate=1e-6,
@@ -29,10 +29,10 @@ def main() -> None:
     runtime = start_runtime(args)
     model, processor = build_model(args, runtime)
     choose_learned(model, lambda name: True)
-    train_data = VLMDataset(args.data_path, args.images_path, processor, args.max_seq_len)
+    train_data = open_data(args.data_path, args.images_path, processor, args.max_seq_len)
     val_data = None
     if args.val_data:
-        val_data = VLMDataset(args.val_data, args.val_images or args.images_path, processor, args.max_seq_len)
+        val_data = open_data(args.val_data, args.val_images or args.images_path, processor, args.max_seq_len)
     train(model, train_data, val_data, args, runtime)
     runtime.close()
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import N_PATCHES, picture, write_rows
 
-from dataset.vlm_dataset import JsonLinesRows, VLMDataset
+from dataset.readers import JsonLinesRows
+from dataset.vlm_dataset import VLMDataset
 from model.errors import BadSampleError, MissingFileError, UserError
 from trainer.batches import TrainSamples, find_nothing
 
@@ -77,10 +78,10 @@ def test_what_is_missing_is_named(folder, processor):
     ):
         VLMDataset(folder / "sft_vlm_data.jsonl", folder, processor, 100)
     path = write_rows(folder / "data.jsonl", [row("a.jpg")])
-    with pytest.raises(UserError, match=r"1 image missing.*is missing or empty: fetch and unzip the images"):
+    with pytest.raises(UserError, match=r"1 image missing.*is missing or empty: fetch it or its .zip"):
         VLMDataset(path, folder / "pretrain_images", processor, 100)
     (folder / "pretrain_images.zip").write_bytes(b"")
-    with pytest.raises(UserError, match=r"unzip .*pretrain_images.zip"):
+    with pytest.raises(UserError, match=r"pretrain_images.zip is no whole .zip"):
         VLMDataset(path, folder / "pretrain_images", processor, 100)
     with pytest.raises(UserError, match="no usable row .it is empty."):
         VLMDataset(write_rows(folder / "empty.jsonl", []), folder, processor, 100)
@@ -130,7 +131,7 @@ def test_memory_holds_offsets_not_rows(folder, processor):
 
 def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
     """A kept index opens without a scan, gives the same rows, and is dropped when the file or a setting changes or it is torn."""
-    monkeypatch.setattr("dataset.row_index.KEPT_FROM", 3)
+    monkeypatch.setattr("dataset.vlm_dataset.KEPT_FROM", 3)
     scans = []
     scan = JsonLinesRows.scan
     monkeypatch.setattr(JsonLinesRows, "scan", lambda rows: scans.append(1) or scan(rows))
@@ -141,7 +142,7 @@ def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
     assert all(torch.equal(first[i]["input_ids"], again[i]["input_ids"]) for i in range(2))
     VLMDataset(folder / "data.jsonl", folder / "images", processor, 190)
     assert len(scans) == 2, "another max_length"
-    index = folder / ".data.jsonl.index.npy"
+    index = folder / ".data.jsonl.rows.npy"
     index.write_bytes(index.read_bytes()[:-4])
     assert len(VLMDataset(folder / "data.jsonl", folder / "images", processor, 190)) == 2 and len(scans) == 3
     assert len(read(folder, [*rows, row("a.jpg")], processor)) == 3 and len(scans) == 4

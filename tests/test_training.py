@@ -165,7 +165,7 @@ def test_the_tower_does_not_change_by_a_bit(tower_dir, rows_dir, tmp_path, token
     args = SimpleNamespace(
         tokenizer=TOKENIZER, vision_model=tower_dir, dim=64, n_layers=2, init_weights="none", out_dir=tmp_path, save_name="x",
         batch_size=8, accumulation_steps=1, seed=0, epochs=1, max_steps=2, learning_rate=1e-2, warmup_iters=0, grad_clip=1.0,
-        num_workers=0, log_interval=1, save_interval=1, use_wandb=False, data_path="rows", max_seq_len=300, resume=None,
+        num_workers=0, log_interval=1, save_interval=1, use_wandb=False, data_path=["rows"], max_seq_len=300, resume=None,
         keep_checkpoints=1, feature_cache=None, feature_cache_gb=1, time_split=False, compile=False,
     )  # fmt: skip
     seed_everything(0)

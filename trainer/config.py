@@ -13,10 +13,18 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", "--data", help="training rows, .jsonl or .parquet")
-    group.add_argument("--images_path", "--images", help="folder of the images that a .jsonl names")
-    group.add_argument("--val_data", help="rows for a validation loss, same formats")
-    group.add_argument("--val_images", help="folder of their images (as --images_path where not given)")
+    group.add_argument(
+        "--data_path", "--data", nargs="+", metavar="FILE",
+        help="training rows, .jsonl or .parquet; several files or patterns are mixed, FILE:2 has its rows come twice an epoch",
+    )  # fmt: skip
+    group.add_argument(
+        "--images_path", "--images", nargs="+", metavar="FOLDER",
+        help="folder or .zip of the images that a .jsonl names: one for all, or one for each FILE",
+    )  # fmt: skip
+    group.add_argument("--val_data", nargs="+", metavar="FILE", help="rows for a validation loss, same formats")
+    group.add_argument(
+        "--val_images", nargs="+", metavar="FOLDER", help="folder of their images (as --images_path where not given)"
+    )
     group.add_argument("--max_seq_len", type=int, help="tokens a sample is cut at")
     group.add_argument("--num_workers", type=int, default=None, help="processes that read data (8, and 0 on a CPU)")
 

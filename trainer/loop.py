@@ -56,7 +56,7 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
 
     out = checkpoints.weights
     log = RunLog(out.with_suffix(".log.jsonl"), progress.step, total_steps, args, runtime.is_main)
-    meter, losses = Meter(runtime, args.time_split), LossWatch(args.data_path)
+    meter, losses = Meter(runtime, args.time_split), LossWatch(" ".join(args.data_path))
     stop_requested = False
     saved_at = time.monotonic()
     runtime.stop.listen()
@@ -204,14 +204,13 @@ def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_s
     effective = args.batch_size * args.accumulation_steps * runtime.world_size
     runtime.say(
         f"learned: {sum(parameter.numel() for parameter in learned):,} parameters\n"
-        f"data: {len(train_data):,} rows of {args.data_path}\n"
+        f"data: {len(train_data):,} rows of {' '.join(args.data_path)}\n"
         f"steps: {total_steps:,} of {effective} samples ({args.batch_size} x {args.accumulation_steps} accumulation "
         f"x {runtime.world_size} devices), {args.epochs} epoch{'s' if args.epochs > 1 else ''}"
     )
-    left_out = getattr(train_data, "skipped", None)
-    if left_out:
-        runtime.say(f"left out: {list_reasons(left_out)}")
-    if getattr(train_data, "repaired", 0):
+    if train_data.skipped:
+        runtime.say(f"left out: {list_reasons(train_data.skipped)}")
+    if train_data.repaired:
         runtime.say(f"repaired: {train_data.repaired} rows had more <image> than images; the surplus is dropped")
 
 
