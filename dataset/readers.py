@@ -23,6 +23,14 @@ ROWS_A_BATCH = 256  # that are copied together
 KEEP_FREE = 10**9  # bytes of the disk that a copy leaves alone
 
 
+def parse_json(text: str) -> object:
+    """What the JSON says. ValueError where it is none, or holds half a character (a lone "\\ud83d"), which no tokenizer takes."""
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 class JsonLinesRows:
     """Rows of a .jsonl file by their byte offsets: one seek to read one. Their pictures are in a folder or .zip."""
 
@@ -49,10 +57,30 @@ class JsonLinesRows:
             file.seek(offset)
             return self._parse(file.readline())
 
+    def explain(self, offset: int) -> str:
+        """Why `read` gives None."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            try:
+                return f"it is {parse_json(file.readline().decode('utf-8-sig'))!r:.60}"
+            except (ValueError, RecursionError) as error:
+                return str(error)
+
+    def name_places(self, offsets: list[int]) -> list[str]:
+        """ "line 7" for each of the offsets, as an editor counts."""
+        n_lines, counted, names = 1, 0, {}
+        with open(self.path, "rb") as file:
+            for offset in sorted(offsets):
+                while counted < offset:
+                    part = file.read(min(offset - counted, 2**20))
+                    n_lines, counted = n_lines + part.count(b"\n"), counted + len(part)
+                names[offset] = f"line {n_lines}"
+        return [names[offset] for offset in offsets]
+
     @staticmethod
     def _parse(line: bytes) -> dict | None:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = parse_json(line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             return None
         return row if isinstance(row, dict) else None
@@ -109,10 +137,21 @@ class ParquetRows:
     def read(self, number: int) -> dict | None:
         text, images = self._values(number)
         try:
-            conversations = json.loads(text) if isinstance(text, str) else text
+            conversations = parse_json(text) if isinstance(text, str) else text
         except (ValueError, RecursionError):
             return None
         return {"conversations": conversations, "image_bytes": [images] if isinstance(images, bytes) else images or []}
+
+    def explain(self, number: int) -> str:
+        """Why `read` gives None."""
+        try:
+            parse_json(self._values(number)[0])
+        except (ValueError, RecursionError) as error:
+            return str(error)
+
+    def name_places(self, numbers: list[int]) -> list[str]:
+        """ "row 7" for each of the numbers, as pandas counts: from 0."""
+        return [f"row {number}" for number in numbers]
 
     def _values(self, number: int) -> list:
         batch = int(np.searchsorted(self.starts, number, side="right")) - 1

@@ -44,6 +44,26 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> JsonLine
     return ParquetRows(path) if path.suffix == ".parquet" else JsonLinesRows(path, open_images(images_path))
 
 
+def list_images(rows: JsonLinesRows | ParquetRows) -> set[str] | None:
+    """The names in the rows' image folder, read once, for `check_row`; None where none are needed."""
+    source = getattr(rows, "image_source", None)
+    return source.list_names() if source else None
+
+
+def check_row(
+    rows: JsonLinesRows | ParquetRows, row: dict | None, listed: set[str] | None
+) -> tuple[list[tuple[str, str]], int, int]:
+    """(turns, images, `<image>` tags to spare) of a row one can learn from; BadSampleError for any other. No image is decoded."""
+    if row is None:
+        raise BadSampleError("not a JSON object")
+    n_images = rows.check_images(row, listed)
+    turns = check_conversation(row.get("conversations"))
+    if not any(role == "assistant" for role, _ in turns):
+        raise BadSampleError("no answer")
+    turns, surplus = match_image_tags(turns, n_images)
+    return turns, n_images, surplus
+
+
 class VLMDataset(Dataset):
     """`ds[i]` is {input_ids, labels, pixel_values} of usable row i, or raises BadSampleError where its image is damaged.
 
@@ -71,19 +91,12 @@ class VLMDataset(Dataset):
 
     def _check_rows(self) -> tuple[np.ndarray, RowCounts]:
         """(ROW[n], the place in the file and the estimated tokens of each usable row, counts). No image is decoded."""
-        source = getattr(self.rows, "image_source", None)
-        listed = source.list_names() if source else None
+        listed = list_images(self.rows)
         counts, keys, lengths = RowCounts(), array("q"), array("i")
         n_image_tokens = self.processor.config.n_image_tokens
         for key, n_bytes, row in self.rows.scan():
             try:
-                if row is None:
-                    raise BadSampleError("not a JSON object")
-                n_images = self.rows.check_images(row, listed)
-                turns = check_conversation(row.get("conversations"))
-                if not any(role == "assistant" for role, _ in turns):
-                    raise BadSampleError("no answer")
-                _, surplus = match_image_tags(turns, n_images)
+                _, n_images, surplus = check_row(self.rows, row, listed)
             except BadSampleError as error:
                 counts.skipped[error.args[0]] += 1
                 continue

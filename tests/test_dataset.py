@@ -53,14 +53,19 @@ def test_unusable_rows_are_counted_by_reason(folder, processor):
         row("a.jpg"), row("missing.jpg"), row("../secret.jpg"), row(str(folder / "secret.jpg")), row("a.jpg", "no tag"),
         row("a.jpg", answer=" "), {"image": "a.jpg"}, row({"x": 1}),
     )]  # fmt: skip
+    lines += [
+        json.dumps(row("a.jpg", answer="half a \ud83d")),
+        json.dumps(row("\ud83d.jpg")),
+        json.dumps(row("b.jpg", answer="🐶")),
+    ]
     lines += ["{broken", "[1, 2]", "", '"text"', '{"conversations": [{"role": "user", "content": "only a question"}]}']
     (folder / "data.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n" + json.dumps(row("b.jpg")).encode())
     data = VLMDataset(folder / "data.jsonl", folder / "images", processor, 200)
     assert dict(data.skipped) == {
         "image missing": 1, "image path leaves its folder": 2, "fewer <image> than images": 1, "empty answer": 1,
-        "no conversation": 1, "image is no name": 1, "not a JSON object": 4, "no answer": 1,
+        "no conversation": 1, "image is no name": 1, "not a JSON object": 6, "no answer": 1,
     }  # fmt: skip
-    assert len(data) == 2 and len(data[1]["pixel_values"]) == 1
+    assert len(data) == 3 and len(data[2]["pixel_values"]) == 1
 
 
 def test_a_damaged_picture_is_found_when_it_is_needed(folder, processor):
