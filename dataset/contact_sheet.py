@@ -1,5 +1,6 @@
 """Draw samples as the model gets them: pictures, tokens, and in green what the loss counts."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -22,16 +23,17 @@ SHADES = {  # of a piece's background; neighbouring tokens take turns, so that e
     LEFT_OUT: (WHITE, WHITE),
 }
 CUT_SHADES = ("#fde3e3", "#fad1d1")
-WIDTH, MARGIN, PICTURE = 1400, 32, 216  # pixels: of the sheet, around everything, of the pictures' column
-TEXT_SIZE, TITLE_SIZE, LINE, BASELINE = 18, 26, 31, 22  # the last: from a line's top
+WIDTH, MARGIN, COLUMN = 1320, 32, 232  # pixels: of the sheet, around everything, of the pictures' column
+TEXT_SIZE, TITLE_SIZE, LINE, BASELINE = 20, 28, 34, 24  # the last: from a line's top
 HEADER, PAD, GAP, CHIP = (
-    156,
-    20,
-    6,
+    196,
+    22,
+    8,
     8,
 )  # height of the legend; around a sample, between pictures, inside an image's chip
-MOST_PIECES = (260, 100)  # at a row's start and at its end; those between are left out
+MOST_PIECES = (180, 70)  # at a row's start and at its end; those between are left out
 MOST_PICTURES = 9  # of a row that are shown
+LINE_BREAK = "⏎"  # how one is shown
 FONT = "fonts/NotoSansCJKsc-Regular.otf"
 
 
@@ -105,7 +107,8 @@ def shorten(pieces: list[Piece]) -> list[Piece]:
 
 
 def lay_out(pieces: list[Piece], measure: Callable[[str], float], width: float) -> list[Placed]:
-    """Where each piece goes in lines of that `width`. A line ends after a line break and, where it is full, before a word."""
+    """Where each piece goes in lines of that `width`. A line ends after a line break, which may stand in the margin, and before a
+    word that would not fit."""
     shown = [(number, text) for number, piece in enumerate(pieces) for text in _split_lines(piece)]
     widths = [measure(text) + 2 * CHIP * (pieces[number].kind == IMAGE) for number, text in shown]
     needed = widths.copy()  # by a piece with the rest of its word
@@ -114,13 +117,13 @@ def lay_out(pieces: list[Piece], measure: Callable[[str], float], width: float) 
             needed[k] += needed[k + 1]
     placed, x, line, names_role = [], 0.0, 0, False
     for (number, text), own_width, word_width in zip(shown, widths, needed):
-        if x > 0 and x + (word_width if word_width <= width else own_width) > width:
+        if x > 0 and text != LINE_BREAK and x + (word_width if word_width <= width else own_width) > width:
             x, line = 0.0, line + 1
         placed.append(Placed(x, line, own_width, text, pieces[number], number % 2))
         x += own_width
         if text == "<s>" and pieces[number].kind == MARK:
             names_role = True
-        elif text.endswith("↵"):
+        elif text == LINE_BREAK:
             if not names_role:  # behind the role's name the line goes on
                 x, line = 0.0, line + 1
             names_role = False
@@ -128,9 +131,9 @@ def lay_out(pieces: list[Piece], measure: Callable[[str], float], width: float) 
 
 
 def _split_lines(piece: Piece) -> list[str]:
-    """What to show of a piece, in parts that end with their line break; what cannot be shown becomes a box."""
+    """What to show of a piece, each line break by itself; what cannot be shown becomes a box."""
     text = "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "□" for c in piece.text)
-    return text.replace("\n", "↵\n").splitlines()
+    return [part.replace("\n", LINE_BREAK) for part in re.split("(\n)", text) if part]
 
 
 def _is_letter(character: str) -> bool:
@@ -139,24 +142,42 @@ def _is_letter(character: str) -> bool:
 
 def draw_sheet(samples: list[Sample], title: str, subtitle: str, n_image_tokens: int, max_seq_len: int) -> Image.Image:
     """The samples one below the other, with what the colours mean on top. Raises MissingFileError without the font."""
-    font, large = load_font(TEXT_SIZE), load_font(TITLE_SIZE)
-    texts = [lay_out(shorten(sample.pieces), font.getlength, WIDTH - PICTURE - 3 * MARGIN) for sample in samples]
-    heights = [max(PICTURE, LINE * (text[-1].line + 2)) + 2 * PAD for text in texts]
+    font = load_font(TEXT_SIZE)
+    left = COLUMN + 2 * MARGIN
+    texts = [lay_out(shorten(sample.pieces), font.getlength, WIDTH - left - MARGIN) for sample in samples]
+    pictures = [arrange_pictures(sample.images) for sample in samples]
+    heights = [
+        2 * PAD + max(LINE * (text[-1].line + 2), max((y + image.height for image, _, y in placed), default=0))
+        for text, placed in zip(texts, pictures)
+    ]
     sheet = Image.new("RGB", (WIDTH, HEADER + sum(heights) + MARGIN), WHITE)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 52), title, INK, large, anchor="ls")
-    draw.text((MARGIN, 84), subtitle, FAINT, font, anchor="ls")
+    draw.text((MARGIN, 54), title, INK, load_font(TITLE_SIZE), anchor="ls")
+    draw.text((MARGIN, 88), subtitle, FAINT, font, anchor="ls")
     _draw_legend(draw, font, n_image_tokens, max_seq_len)
     top = HEADER
-    for sample, text, height in zip(samples, texts, heights):
+    for sample, text, placed, height in zip(samples, texts, pictures, heights):
         draw.line((MARGIN, top, WIDTH - MARGIN, top), RULE)
-        _draw_pictures(sheet, sample.images, (MARGIN, top + PAD))
-        left = PICTURE + 2 * MARGIN
-        draw.text((left, top + PAD + 20), sample.title, FAINT, font, anchor="ls")
+        for image, x, y in placed:
+            sheet.paste(image, (MARGIN + x, top + PAD + y))
+        if not placed:
+            draw.text((MARGIN, top + PAD + BASELINE), "no picture", FAINT, font, anchor="ls")
+        draw.text((left, top + PAD + BASELINE), sample.title, FAINT, font, anchor="ls")
         for one in text:
             _draw_piece(draw, font, one, left + one.x, top + PAD + LINE * (one.line + 1))
         top += height
     return sheet
+
+
+def arrange_pictures(images: list[Image.Image]) -> list[tuple[Image.Image, int, int]]:
+    """(small picture, x, y) within the pictures' column: one, or smaller ones in rows of two or three."""
+    across = 1 if len(images) == 1 else 2 if len(images) <= 4 else 3
+    size = (COLUMN - GAP * (across - 1)) // across
+    step = size + GAP
+    return [
+        (ImageOps.contain(image, (size, size)), k % across * step, k // across * step)
+        for k, image in enumerate(images[:MOST_PICTURES])
+    ]
 
 
 def _draw_legend(
@@ -164,47 +185,30 @@ def _draw_legend(
 ) -> None:
     """One of each kind and what it means, side by side."""
     entries = (
-        (Piece("read", 1, READ), "not learned"),
         (Piece("learned", 1, LEARNED), "the loss counts it"),
-        (Piece(f"{IMAGE_TAG} ×{n_image_tokens}", n_image_tokens, IMAGE), "a picture"),
+        (Piece("read", 1, READ), "seen, not learned"),
+        (Piece(f"{IMAGE_TAG} ×{n_image_tokens}", n_image_tokens, IMAGE), "a picture's tokens"),
         (Piece("cut", 1, READ, is_cut=True), f"beyond --max_seq_len {max_seq_len}"),
     )
-    x, y = MARGIN, 104
+    x, y = MARGIN, 108
     for piece, meaning in entries:
         for one in lay_out([piece], font.getlength, WIDTH):
             _draw_piece(draw, font, one, x, y)
             x += one.width + 8
         draw.text((x, y + BASELINE), meaning, INK, font, anchor="ls")
-        x += font.getlength(meaning) + 32
-    draw.text((x, y + BASELINE), "one shade, one token; ↵ line break", FAINT, font, anchor="ls")
+        x += font.getlength(meaning) + 36
+    hint = f"One shade, one token. {LINE_BREAK} is a line break. An answer's </s> is learned too: it says when to stop."
+    draw.text((MARGIN, y + LINE + 6 + BASELINE), hint, FAINT, font, anchor="ls")
 
 
 def _draw_piece(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, one: Placed, x: float, y: float) -> None:
     """A piece with its background; (x, y) is the top left of its line."""
     kind, is_cut = one.piece.kind, one.piece.is_cut
     shade = CUT_SHADES[one.shade] if is_cut else SHADES[kind][one.shade]
+    is_faint = kind in (MARK, LEFT_OUT) or one.text == LINE_BREAK
     box = (round(x), y + 2, round(x + one.width) - 1, y + LINE - 3)
-    if kind == IMAGE:
-        draw.rounded_rectangle(box, 8, shade)
-        x += CHIP
-    else:
-        draw.rectangle(box, shade)
-    draw.text(
-        (x, y + BASELINE), one.text, ALARM if is_cut else FAINT if kind in (MARK, LEFT_OUT) else INK, font, anchor="ls"
-    )
+    draw.rounded_rectangle(box, CHIP if kind == IMAGE else 0, shade)
+    start = (x + CHIP * (kind == IMAGE), y + BASELINE)
+    draw.text(start, one.text, ALARM if is_cut else FAINT if is_faint else INK, font, anchor="ls")
     if is_cut:
-        draw.line((box[0], y + LINE // 2, box[2], y + LINE // 2), ALARM)
-
-
-def _draw_pictures(sheet: Image.Image, images: list[Image.Image], corner: tuple[int, int]) -> None:
-    """The pictures in their square: one, or small ones in rows of two or three."""
-    left, top = corner
-    across = 1 if len(images) == 1 else 2 if len(images) <= 4 else 3
-    size = (PICTURE - GAP * (across - 1)) // across
-    for k, image in enumerate(images[:MOST_PICTURES]):
-        small = ImageOps.contain(image, (size, size))
-        sheet.paste(small, (left + k % across * (size + GAP), top + k // across * (size + GAP)))
-    if not images:
-        draw = ImageDraw.Draw(sheet)
-        draw.rectangle((left, top, left + PICTURE - 1, top + PICTURE // 4), "#f9fafb")
-        draw.text((left + PICTURE // 2, top + PICTURE // 8), "no picture", FAINT, load_font(TEXT_SIZE), anchor="mm")
+        draw.line((box[0], y + LINE // 2, box[2], y + LINE // 2), ALARM, width=2)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from dataset.contact_sheet import Sample, draw_sheet, load_font, split_pieces
+from dataset.images import ImageFolder, split_names
 from dataset.language import UNSURE, detect_language
 from dataset.mixture import Source, find_sources
 from dataset.readers import JsonLinesRows, ParquetRows
@@ -84,8 +86,7 @@ def open_pictures(rows: JsonLinesRows | ParquetRows, checked: Checked, rng: np.r
     bad: dict[int, BadSampleError] = {}
     for index in tqdm(order, desc="open pictures", unit="row", leave=False, delay=1):
         try:
-            for image in rows.images(rows.read(checked.usable[index])):
-                load_image(image)
+            open_all(rows, rows.read(checked.usable[index]))
         except BadSampleError as error:
             bad[index] = error
     good = [checked.usable[index] for index in order if index not in bad]
@@ -97,6 +98,20 @@ def open_pictures(rows: JsonLinesRows | ParquetRows, checked: Checked, rng: np.r
     return good
 
 
+def open_all(rows: JsonLinesRows | ParquetRows, row: dict) -> list[Image.Image]:
+    """The row's pictures; a BadSampleError names the one that cannot be opened."""
+    names = split_names(row.get("image"))  # of a .jsonl
+    pictures = []
+    for number, source in enumerate(rows.images(row)):
+        try:
+            pictures.append(load_image(source))
+        except BadSampleError as error:
+            name = names[number] if names else f"picture {number}"
+            reason = "" if error.__cause__ else f": {error.detail}"  # Pillow's own words do not help
+            raise BadSampleError(error.args[0], name + reason) from error
+    return pictures
+
+
 def measure_rows(
     rows: JsonLinesRows | ParquetRows, keys: list[int], processor: VLMProcessor, max_seq_len: int
 ) -> Measured:
@@ -105,22 +120,22 @@ def measure_rows(
     for key in tqdm(keys, desc="count tokens", unit="row", leave=False, delay=1):
         row = rows.read(key)
         turns, n_images, _ = check_row(rows, row, None)
-        whole, n_kept = encode_and_cut(row, n_images, processor, max_seq_len)
-        counts.append((len(whole["labels"]), count_labels(whole["labels"]), count_labels(whole["labels"][:n_kept])))
+        whole, _, n_labels_kept = encode_and_cut(row, n_images, processor, max_seq_len)
+        counts.append((len(whole["labels"]), count_labels(whole["labels"]), n_labels_kept))
         languages.update(detect_language(content) for role, content in turns if role == "assistant")
     return Measured(*np.array(counts, np.int64).reshape(-1, 3).T, languages)
 
 
-def encode_and_cut(row: dict, n_images: int, processor: VLMProcessor, max_seq_len: int) -> tuple[dict, int]:
-    """({input_ids, labels} of the whole row, tokens that are left of it at `max_seq_len`: 0 where no answer is)."""
+def encode_and_cut(row: dict, n_images: int, processor: VLMProcessor, max_seq_len: int) -> tuple[dict, int, int]:
+    """({input_ids, labels} of the whole row, tokens and label tokens left of it at `max_seq_len`: none where no answer is)."""
     whole, _ = processor.encode_text(row["conversations"], [None] * n_images, UNCUT)
-    if len(whole["labels"]) <= max_seq_len:
-        return whole, len(whole["labels"])
-    try:
-        kept, _ = processor.encode_text(row["conversations"], [None] * n_images, max_seq_len)
-    except BadSampleError:
-        return whole, 0
-    return whole, len(kept["labels"])
+    kept = whole
+    if len(whole["labels"]) > max_seq_len:
+        try:
+            kept, _ = processor.encode_text(row["conversations"], [None] * n_images, max_seq_len)
+        except BadSampleError:
+            return whole, 0, 0
+    return whole, len(kept["labels"]), count_labels(kept["labels"])
 
 
 def write_sheet(
@@ -135,18 +150,28 @@ def write_sheet(
     samples = []
     for key, place in zip(keys, rows.name_places(keys)):
         row = rows.read(key)
-        images = [load_image(image) for image in rows.images(row)]
-        whole, n_kept = encode_and_cut(row, len(images), processor, max_seq_len)
+        images = open_all(rows, row)
+        whole, n_kept, n_labels_kept = encode_and_cut(row, len(images), processor, max_seq_len)
         n_tokens, n_labels = len(whole["labels"]), count_labels(whole["labels"])
         title = f"{place}  ·  {n_tokens:,} tokens, {n_labels:,} learned"
         if n_kept < n_tokens:
-            n_lost = n_labels - count_labels(whole["labels"][:n_kept])
-            title += f"  ·  {n_tokens - n_kept:,} cut away, {n_lost:,} of them to learn"
-            title += "  ·  no answer is left: not trained on" if not n_kept else ""
+            title += f"  ·  {n_tokens - n_kept:,} cut away, {n_labels - n_labels_kept:,} of them to learn"
+            title += "" if n_kept else "  ·  no answer is left: not trained on"
         samples.append(Sample(title, images, split_pieces(whole, n_kept, processor)))
     sheet = draw_sheet(samples, rows.path.name, about, processor.config.n_image_tokens, max_seq_len)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def show_source(source: Source, rows: JsonLinesRows | ParquetRows) -> None:
+    line = source.path
+    if isinstance(rows, JsonLinesRows):
+        folder = rows.image_source
+        is_there = not isinstance(folder, ImageFolder) or folder.path.is_dir()
+        line += (
+            f"   images: {folder.path if folder else 'no --images given'}{'' if is_there else ', which is not there'}"
+        )
+    print(line + (f"   each row {float(source.weight):g} times an epoch" if source.weight != 1 else ""))
 
 
 def show_checks(rows: JsonLinesRows | ParquetRows, checked: Checked) -> None:
@@ -154,7 +179,8 @@ def show_checks(rows: JsonLinesRows | ParquetRows, checked: Checked) -> None:
     n_rows = checked.n_rows
     show("rows", f"{n_rows:,}")
     show("usable", f"{len(checked.usable):,}{share(len(checked.usable), n_rows)}")
-    show("left out", f"{checked.left_out.total():,}{share(checked.left_out.total(), n_rows)}")
+    n_left_out = checked.left_out.total()
+    show("left out", f"{n_left_out:,}{share(n_left_out, n_rows) if n_left_out else ''}")
     for reason, count in checked.left_out.most_common():
         print(f"  {count:>7,}  {reason}")
         keys = [key for key, _ in checked.places[reason]]
@@ -162,9 +188,9 @@ def show_checks(rows: JsonLinesRows | ParquetRows, checked: Checked) -> None:
             detail = one_line(detail or (rows.explain(key) if reason == "not a JSON object" else ""))
             print(f"           {place:<12} {detail}".rstrip())
     if checked.n_repaired:
-        show("repaired", f"{checked.n_repaired:,} rows: more <image> than images, the last ones dropped")
+        show("repaired", f"{checked.n_repaired:,}  (more <image> than images: the last ones are dropped)")
     if checked.n_opened < len(checked.usable):
-        show("pictures", f"opened those of {checked.n_opened:,} random rows; the others' only looked for")
+        show("pictures", f"those of {checked.n_opened:,} random rows were opened, of the others their names looked up")
     if checked.usable:
         show("images per row", list_counts(checked.n_images))
         show("answers per row", list_counts(checked.n_answers))
@@ -188,8 +214,10 @@ def show_measures(measured: Measured, n_usable: int, tokenizer: str, max_seq_len
     if n_empty:
         show("", f"{n_empty:,} rows ({n_empty / n_rows:.1%}) have no answer left and will not be trained on")
     total = measured.languages.total()
-    named = [f"{'unsure' if code == UNSURE else code} {n / total:.1%}" for code, n in measured.languages.most_common(8)]
-    show("languages", "   ".join(named) + "   (of the answers)")
+    named = [(code, n) for code, n in measured.languages.most_common(8) if n / total >= 0.001]
+    rest = total - sum(n for _, n in named)
+    listed = [f"{'unsure' if code == UNSURE else code} {n / total:.1%}" for code, n in named]
+    show("languages", "   ".join(listed + [f"others {rest / total:.1%}"] * (rest > 0)) + "   (of the answers)")
 
 
 def show(name: str, text: str) -> None:
@@ -217,9 +245,9 @@ def one_line(text: str) -> str:
 
 def preview(source: Source, path: Path, processor: VLMProcessor, args: argparse.Namespace) -> int:
     """Print what is in one file and draw its sheet to `path`. Returns the number of usable rows."""
-    print(f"{source.path}  images: {source.images or 'none given'}")
     rng = np.random.default_rng(args.seed)
     rows = open_rows(source.path, source.images)
+    show_source(source, rows)
     checked = check_rows(rows)
     good = open_pictures(rows, checked, rng)
     show_checks(rows, checked)
@@ -228,7 +256,7 @@ def preview(source: Source, path: Path, processor: VLMProcessor, args: argparse.
     chosen = rng.permutation(len(checked.usable))[:MOST_MEASURED]
     measured = measure_rows(rows, [checked.usable[index] for index in np.sort(chosen)], processor, args.max_seq_len)
     show_measures(measured, len(checked.usable), args.tokenizer, args.max_seq_len)
-    good = good[: args.samples]
+    good = good[: max(args.samples, 0)]
     if good:
         about = f"{len(good)} random rows of {len(checked.usable):,}, seed {args.seed}, tokenizer {args.tokenizer}"
         write_sheet(path, rows, good, processor, args.max_seq_len, about)
@@ -256,11 +284,14 @@ def main() -> None:
     processor = VLMProcessor(load_tokenizer(args.tokenizer), None, config)
     if args.samples:
         load_font(1)  # said at once where there is none
+    sources = find_sources(args.data, args.images)
+    names = [Path(source.path).stem for source in sources]
     n_usable = []
-    for number, source in enumerate(find_sources(args.data, args.images)):
+    for number, (source, name) in enumerate(zip(sources, names)):
         if number:
             print()
-        n_usable.append(preview(source, args.out_dir / f"preview_{Path(source.path).stem}.png", processor, args))
+        name += f"_{number}" if names.count(name) > 1 else ""
+        n_usable.append(preview(source, args.out_dir / f"preview_{name}.png", processor, args))
     sys.exit(0 if all(n_usable) else 1)
 
 
