@@ -63,6 +63,9 @@ class ImageZip:
         else:
             self.entries, _ = found
 
+    def __reduce__(self) -> tuple:  # another process opens the archive itself
+        return ImageZip, (self.path,)
+
     def list_names(self) -> None:
         """Not needed: `find` is fast."""
 

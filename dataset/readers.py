@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,22 @@ class JsonLinesRows:
                 progress.update(len(line))
 
     def read(self, offset: int) -> dict | None:
+        return self._parse(self.read_line(offset))
+
+    def read_line(self, offset: int) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return self._parse(file.readline())
+            return file.readline()
+
+    def keys(self) -> np.ndarray:
+        """int64[n]: the offset of every line that is not blank."""
+        offsets, offset = array("q"), 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    offsets.append(offset)
+                offset += len(line)
+        return np.frombuffer(offsets, np.int64) if offsets else np.empty(0, np.int64)
 
     @staticmethod
     def _parse(line: bytes) -> dict | None:
@@ -103,18 +117,23 @@ class ParquetRows:
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         """(number, bytes of text, row) of every row; the row is None where its conversations are no JSON."""
         for number in tqdm(range(self.starts[-1]), desc=f"check {self.path.name}", unit="row", leave=False, delay=1):
-            text, _ = self._values(number)
+            text, _ = self.values(number)
             yield number, len(str(text).encode()), self.read(number)
 
+    def keys(self) -> np.ndarray:
+        """int64[n]: the number of every row."""
+        return np.arange(self.starts[-1])
+
     def read(self, number: int) -> dict | None:
-        text, images = self._values(number)
+        text, images = self.values(number)
         try:
             conversations = json.loads(text) if isinstance(text, str) else text
         except (ValueError, RecursionError):
             return None
         return {"conversations": conversations, "image_bytes": [images] if isinstance(images, bytes) else images or []}
 
-    def _values(self, number: int) -> list:
+    def values(self, number: int) -> list:
+        """[conversations, image_bytes] as they are in the file."""
         batch = int(np.searchsorted(self.starts, number, side="right")) - 1
         return [column[number - int(self.starts[batch])].as_py() for column in self.batches[batch]]
 
