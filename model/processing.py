@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.errors import BadSampleError, MissingFileError, UserError
@@ -58,7 +58,10 @@ def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
         if isinstance(error, BadSampleError):
             raise
-        raise BadSampleError("image damaged", f"{source} ({error})") from error
+        reason = "no picture" if isinstance(error, UnidentifiedImageError) else error
+        raise BadSampleError(
+            "image damaged", f"{source} ({reason})" if isinstance(source, str | Path) else str(reason)
+        ) from error
 
 
 def check_conversation(conversations: list[dict], blank_answers: bool = False) -> list[tuple[str, str]]:
