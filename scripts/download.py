@@ -110,6 +110,13 @@ def check_space(fetches: list[Fetch]) -> None:
             )
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}): move what is there, or choose another --root") from error
+
+
 def show_size(n_bytes: int) -> str:
     """ "598.6 MB" """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -147,7 +154,7 @@ def main() -> None:
         fetches = [fetch for fetches in plan.values() for fetch in fetches if not fetch.whole]
         check_space(fetches)
         for fetch in fetches:
-            fetch.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(fetch.folder)
             hub.fetch(fetch.repo, fetch.kind, fetch.file, fetch.folder)
     check_items(names, args.root, every=args.check and not args.what)
 

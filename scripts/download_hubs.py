@@ -56,20 +56,33 @@ class HuggingFace:
     def fetch(self, repo: str, kind: str, file: RemoteFile, folder: Path) -> None:
         """Put a listed file into `folder`, going on with a part of it that is there."""
         partial = self.partial_path(folder, file)
-        begun = partial.stat().st_size if partial.is_file() else 0
-        if begun > file.size:
-            partial.unlink()
-            begun = 0
         url = hf_hub_url(repo, file.name, repo_type=kind, revision=self.revisions[repo])
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        with self._readable_errors(repo, kind, file.name), open(partial, "ab") as stream:
-            http_get(
-                url, stream, resume_size=begun, headers=headers, expected_size=file.size, displayed_filename=file.name
-            )
+        with self._readable_errors(repo, kind, file.name):
+            while not self._grow(partial, url, file):
+                pass
         if not is_whole(partial, file):
             partial.unlink()
-            raise UserError(f"{file.name} of {repo} came with other bytes than the hub lists: fetch it again")
+            raise UserError(_other_bytes(repo, file.name))
         os.replace(partial, folder / file.name)
+
+    def _grow(self, partial: Path, url: str, file: RemoteFile) -> bool:
+        """Fetch what is missing. False where the connection was reset after some of it; other losses http_get mends itself."""
+        with open(partial, "ab") as stream:
+            begun = stream.tell()
+            if begun > file.size:
+                begun = stream.truncate(0)
+            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            known = dict(headers=headers, expected_size=file.size, displayed_filename=file.name)
+            try:
+                http_get(url, stream, resume_size=begun, **known)
+            except httpx2.ReadError:
+                if stream.tell() == begun:
+                    raise
+                return False
+            except OSError as error:  # the disk's, or an answer such as 404, or without a number: of another length
+                if error.errno is not None or isinstance(error, errors.HfHubHTTPError):
+                    raise
+        return True
 
     @contextmanager
     def _readable_errors(self, repo: str, kind: str, name: str = "") -> Iterator[None]:
@@ -90,9 +103,9 @@ class HuggingFace:
         except httpx2.HTTPError as error:
             raise UserError(_no_connection("huggingface", error, self.other)) from error
         except OSError as error:
-            if error.errno is not None:  # the disk's
-                raise UserError(f"cannot write {name} ({error.strerror}): free some space, then run this again") from error
-            raise UserError(f"{name} of {repo} is not as long as the hub lists: try again later") from error
+            raise UserError(_no_place(name, error)) from error
+        except ValueError as error:
+            raise UserError(_no_hub("huggingface", "HF_ENDPOINT")) from error
 
 
 class ModelScope:
@@ -105,7 +118,7 @@ class ModelScope:
             os.environ.setdefault("MODELSCOPE_ENDPOINT", os.environ["MODELSCOPE_DOMAIN"])
         os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "CRITICAL")
         os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", str(LONGEST))  # it gives up after an hour otherwise
-        os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "2")
+        os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "2")  # to list; a file is asked for more often
         import modelscope_hub
 
         self.client, self.api = modelscope_hub, modelscope_hub.HubApi()
@@ -137,15 +150,17 @@ class ModelScope:
             raise UserError(message) from error
         except (client.AuthenticationError, client.PermissionDeniedError) as error:
             raise UserError(f"modelscope does not let you read {repo}: `ms login` first, or pass --repo") from error
-        except client.FileSizeMismatchError as error:
-            raise UserError(f"{name} of {repo} is not as long as the hub lists: try again later") from error
         except client.FileIntegrityError as error:
-            raise UserError(f"{name} of {repo} came with other bytes than the hub lists: fetch it again") from error
+            raise UserError(_other_bytes(repo, name)) from error
         except client.NetworkError as error:
             raise UserError(_no_connection("modelscope", error, self.other)) from error
         except client.APIError as error:
             raise UserError(f"modelscope answers {error.status_code} for {repo}: try again later") from error
-        except (client.HubError, OSError) as error:
+        except ValueError as error:
+            raise UserError(_no_hub("modelscope", "MODELSCOPE_ENDPOINT")) from error
+        except OSError as error:
+            raise UserError(_no_place(name, error)) from error
+        except client.HubError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"cannot fetch {name} of {repo} ({reason}): run this again to go on") from error
 
@@ -159,6 +174,18 @@ def _no_repository(repo: str, kind: str, source: str, login: str) -> str:
 
 def _no_file(repo: str, name: str) -> str:
     return f"{repo} lists {name} but does not have it: try again later, or pass --repo"
+
+
+def _other_bytes(repo: str, name: str) -> str:
+    return f"{name} of {repo} came with other bytes than the hub lists: fetch it again"
+
+
+def _no_place(name: str, error: OSError) -> str:
+    return f"cannot write {name} ({error.strerror or error}): free some space, or choose another --root"
+
+
+def _no_hub(source: str, variable: str) -> str:
+    return f"what answers as {source} is no hub: check {variable}, and whether the network wants you to log in"
 
 
 def _no_connection(source: str, error: Exception, other: str) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLIP = ("config.json", "preprocessor_config.json")
+# Where the models are on ModelScope is assumed from where the data is: --repo overrides.
 WEIGHTS = {"huggingface": "jingyaogong/MiniMind2-V-PyTorch", "modelscope": "gongjy/MiniMind2-V-PyTorch"}
 DATA = {"huggingface": "jingyaogong/minimind-v_dataset", "modelscope": "gongjy/minimind-v_dataset"}
 LAYERS = {512: 8, 768: 16}  # of the two published widths

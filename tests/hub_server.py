@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,18 +27,21 @@ class Request(NamedTuple):
 class HubServer:
     """`repos[kind, name]` holds the files of a repository: {file name: bytes}.
 
-    Faults, each by file name: `cut_after` closes the connection once after so many bytes, `stall_after` goes silent until
-    `resume` is set, `gone` files are listed but answered with 404, `replaced` ones served with other bytes, `sizes` are
-    listed in place of the true ones. `requests` are the files that were asked for, in order.
+    Faults, each by file name: `cut_after` closes the connection once after so many bytes, then `reset_after` resets it once,
+    then `stall_after` goes silent until `resume` is set; `gone` files are listed but answered with 404, `replaced` ones
+    served with other bytes, `sizes` are listed in place of the true ones. With `portal`, a page of text answers everything.
+    `requests` are the files that were asked for, in order.
     """
 
     def __init__(self):
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {}
         self.cut_after: dict[str, int] = {}
+        self.reset_after: dict[str, int] = {}
         self.stall_after: dict[str, int] = {}
         self.gone: set[str] = set()
         self.replaced: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
+        self.portal = False
         self.requests: list[Request] = []
         self.sent: dict[str, int] = {}  # bytes of each file's last answer
         self.resume = threading.Event()
@@ -73,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.hub.portal:
+            return self.send_body(b"<html>Please log in.</html>", "text/html")
         url = urlsplit(self.path)
         path, query = unquote(url.path), {key: values[0] for key, values in parse_qs(url.query).items()}
         for pattern, answer in (
@@ -124,11 +132,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send_json({"Code": 200, "Data": {"Files": files}, "Success": True})
 
     def send_json(self, value: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
+        self.send_body(json.dumps(value).encode(), "application/json", status, headers)
+
+    def send_body(self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for key, text in (headers or {}).items():
             self.send_header(key, text)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
@@ -148,14 +158,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.end_headers()
-        limit = hub.cut_after.pop(name, None)
-        stall = hub.stall_after.pop(name, None)
+        faults = (hub.cut_after, hub.reset_after, hub.stall_after)
+        fault = next((fault for fault in faults if name in fault), None)
         with suppress(ConnectionError):
-            self.wfile.write(body[: min(n for n in (limit, stall, len(body)) if n is not None)])
+            sent = body if fault is None else body[: fault.pop(name)]
+            self.wfile.write(sent)
             self.wfile.flush()
-            hub.sent[name] = limit or stall or len(body)
-            if stall is not None:
+            hub.sent[name] = len(sent)
+            if fault is hub.reset_after:
+                time.sleep(0.5)  # the client has read all by then
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            if fault is hub.stall_after:
                 hub.resume.wait(60)
-            if limit is not None or stall is not None:
-                self.close_connection = True
+        self.close_connection = fault is not None
         return None

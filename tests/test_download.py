@@ -5,6 +5,7 @@ import json
 import signal
 import time
 import zipfile
+from argparse import Namespace
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -17,7 +18,9 @@ from model.errors import MissingFileError, UserError
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import load_tokenizer
+from scripts.download import make_folder, plan_fetches
 from scripts.download_check import check_item
+from scripts.download_hubs import RemoteFile
 from scripts.download_items import GOALS, ITEMS, next_command
 
 SOURCES = ("huggingface", "modelscope")
@@ -107,7 +110,7 @@ def clip_files(tower_dir) -> dict[str, bytes]:
 def test_each_thing_goes_to_its_place(source, hub, download, tmp_path, clip_files, tokenizer_files):
     """Only what is needed comes, is opened, and is not fetched again by the next call."""
     rows, archive = rows_and_images()
-    publish(hub, "clip", clip_files)
+    publish(hub, "clip", clip_files | {"../evil.json": b"{}", "/tmp/evil.json": b"{}"})
     publish(hub, "tokenizer", tokenizer_files | {"pytorch_model.bin": b"no", "config.json": b"{}"})
     publish(hub, "lm-512", {"lm_512.pth": zeros(language_only=True), "sft_vlm_512.pth": b"no"})
     publish(hub, "pretrain-data", {"pretrain_vlm_data.jsonl": rows, "pretrain_images.zip": archive, "sft_images.zip": b""})
@@ -140,21 +143,24 @@ def test_each_thing_goes_to_its_place(source, hub, download, tmp_path, clip_file
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_lost_connection_and_a_killed_process_cost_little(source, hub, download, tmp_path):
     """The client goes on by itself; a new process goes on with what the killed one left."""
-    archive = large_archive(24 * MB)
+    archive = large_archive(32 * MB)
     publish(hub, "pretrain-data", {"pretrain_vlm_data.jsonl": rows_and_images()[0], "pretrain_images.zip": archive})
     hub.cut_after["pretrain_images.zip"] = 13 * MB
+    hub.reset_after["pretrain_images.zip"] = 12 * MB
     finished = download("--source", source, "pretrain-data")
     assert finished.returncode == 0, finished.stdout
     starts = [request.start for request in hub.requests if request.file == "pretrain_images.zip"]
-    assert starts[0] == 0 and 10 * MB <= starts[1] <= 13 * MB and len(starts) == 2
+    assert starts[0] == 0 and 10 * MB <= starts[1] <= 13 * MB and starts[1] + 10 * MB <= starts[2] and len(starts) == 3
     assert (tmp_path / "root/dataset/pretrain_images.zip").read_bytes() == archive
+
+    def partials() -> list:
+        return [path for path in (tmp_path / "root/dataset").iterdir() if path.suffix in (".partial", ".incomplete")]
 
     (tmp_path / "root/dataset/pretrain_images.zip").unlink()
     hub.requests.clear(), hub.sent.clear()
     hub.stall_after["pretrain_images.zip"] = 22 * MB
     command = ["scripts/download.py", "--root", tmp_path / "root", "--source", source, "pretrain-data"]
     process = start_script(*command, env=hub.env(tmp_path / "home"))
-    partials = lambda: [p for p in (tmp_path / "root/dataset").iterdir() if p.suffix in (".partial", ".incomplete")]  # noqa: E731
     until = time.monotonic() + 30
     while not any(path.stat().st_size >= 20 * MB for path in partials()) and time.monotonic() < until:
         time.sleep(0.05)
@@ -169,10 +175,11 @@ def test_a_lost_connection_and_a_killed_process_cost_little(source, hub, downloa
     assert (tmp_path / "root/dataset/pretrain_images.zip").read_bytes() == archive and not partials()
 
 
-def test_ctrl_c_stops_in_one_line(hub, tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_ctrl_c_stops_in_one_line(source, hub, tmp_path):
     publish(hub, "pretrain-data", {"pretrain_vlm_data.jsonl": b"{}", "pretrain_images.zip": bytes(2 * MB)})
     hub.stall_after["pretrain_images.zip"] = MB
-    command = ["scripts/download.py", "--root", tmp_path / "root", "pretrain-data"]
+    command = ["scripts/download.py", "--root", tmp_path / "root", "--source", source, "pretrain-data"]
     process = start_script(*command, env=hub.env(tmp_path / "home"))
     until = time.monotonic() + 30
     while "pretrain_images.zip" not in hub.sent and time.monotonic() < until:
@@ -207,6 +214,9 @@ def test_what_is_not_there_is_named_in_one_line(source, hub, download):
     nowhere = f"http://127.0.0.1:{free_port()}"
     message = fails("lm-512", HF_ENDPOINT=nowhere, MODELSCOPE_DOMAIN=nowhere)
     assert message.startswith(f"error: cannot reach {source} (") and f"--source {SOURCES[source == SOURCES[0]]}" in message
+    hub.portal = True
+    assert f"what answers as {source} is no hub: check " in fails("lm-512")
+    hub.portal = False
     hub.sizes["lm_512.pth"] = 10**18
     message = fails("lm-512")
     assert message.startswith("error: 1000000000.0 GB do not fit into the ") and "free some space" in message
@@ -214,13 +224,13 @@ def test_what_is_not_there_is_named_in_one_line(source, hub, download):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_bytes_than_listed_are_thrown_away(source, hub, download, tmp_path):
-    weights = zeros()
-    publish(hub, "lm-512", {"lm_512.pth": weights})
-    hub.replaced["lm_512.pth"] = weights[:-1] + b"?"
-    finished = download("--source", source, "lm-512")
-    message = "came with other bytes than the hub lists: fetch it again"
-    assert finished.returncode == 2 and finished.stdout.endswith(f"{message}\n"), finished.stdout
-    assert list((tmp_path / "root/out").iterdir()) == []
+    publish(hub, "lm-512", {"lm_512.pth": b"published"})
+    for other in (b"otherwise", b"short"):
+        hub.replaced["lm_512.pth"] = other
+        finished = download("--source", source, "lm-512")
+        message = "came with other bytes than the hub lists: fetch it again"
+        assert finished.returncode == 2 and finished.stdout.endswith(f"{message}\n"), finished.stdout
+        assert list((tmp_path / "root/out").iterdir()) == []
 
 
 def test_a_file_of_ones_own_is_not_lost(hub, download, tmp_path):
@@ -240,9 +250,9 @@ def test_a_file_of_ones_own_is_not_lost(hub, download, tmp_path):
 
 
 def test_another_repository_and_names_that_do_not_exist(hub, download):
-    hub.repos["model", "me/mine"] = {"lm_512.pth": zeros(dim=64, n_layers=2, n_heads=2)}
-    finished = download("lm-512", "--repo", "me/mine")
-    assert finished.returncode == 2 and "lm_512.pth is 64 wide, not 512: it is another model" in finished.stdout
+    hub.repos["dataset", "me/mine"] = {"sft_i2t.parquet": parquet_file(text=["a"])}
+    finished = download("sft-data", "--repo", "me/mine")
+    assert finished.returncode == 2 and "sft_i2t.parquet has columns text, not conversations" in finished.stdout
     assert "cannot hold all of clip, lm-512" in download("lm-512", "clip", "--repo", "me/mine").stdout
     assert "--repo a b c is no repository name" in download("lm-512", "--repo", "a b c").stdout
     assert "error: nothing is called lm_512: choose from clip," in download("lm_512").stdout
@@ -250,17 +260,39 @@ def test_another_repository_and_names_that_do_not_exist(hub, download):
 
 
 def test_check_lists_what_is_missing(download, tmp_path):
-    root = tmp_path / "root"
-    (root / "out").mkdir(parents=True)
-    (root / "out/lm_512.pth").write_bytes(zeros(language_only=True))
+    rows, archive = rows_and_images()
+    put(tmp_path / "root", "pretrain-data", {"pretrain_vlm_data.jsonl": rows, "pretrain_images.zip": archive})
     nowhere = f"http://127.0.0.1:{free_port()}"
     finished = download("--check", HF_ENDPOINT=nowhere)
-    assert finished.returncode == 0 and "ready: lm-512: lm_512.pth fits" in finished.stdout
+    assert finished.returncode == 0 and "ready: pretrain-data: 30 rows, 30 images\n" in finished.stdout
     assert finished.stdout.count("missing: ") == len(ITEMS) - 1
     assert "missing: sft-data: sft_vlm_data.jsonl + sft_images.zip or sft_i2t.parquet in dataset/\n" in finished.stdout
-    assert finished.stdout.endswith("next: python scripts/download.py clip tokenizer pretrain-data\n")
+    assert finished.stdout.endswith("next: python scripts/download.py clip tokenizer lm-512\n")
     finished = download("--check", "lm-768")
     assert finished.returncode == 2 and finished.stdout.endswith("fetch with `python scripts/download.py lm-768`\n")
+
+
+def test_all_goes_on_without_what_is_optional(tmp_path, capsys):
+    """As where the data set is Parquet, and without rows of several images."""
+    listing = [RemoteFile(name, 1, "") for name in ("pretrain_i2t.parquet", "sft_i2t.parquet", "README.md")]
+    listing += [RemoteFile(name, 1, "") for item in ITEMS.values() if item.kind == "model" for name in item.choices[-1]]
+
+    class Hub:
+        def list_files(self, repo, kind):
+            return listing
+
+        def partial_path(self, folder, file):
+            return folder / f"{file.name}.partial"
+
+    args = Namespace(what=["all"], repo=None, source="huggingface", root=tmp_path, overwrite=False)
+    plan = plan_fetches(list(ITEMS), Hub(), args)
+    assert list(plan) == [name for name in ITEMS if name != "sft-multi-data"]
+    assert [fetch.file.name for fetch in plan["sft-data"]] == ["sft_i2t.parquet"]
+    assert [fetch.file.name for fetch in plan["clip"]][-1] == "pytorch_model.bin"
+    assert capsys.readouterr().out == "sft-multi-data: jingyaogong/minimind-v_dataset does not have it; going on without\n"
+    (tmp_path / "dataset").write_text("in the way")
+    with pytest.raises(UserError, match="cannot make .*dataset"):
+        make_folder(plan["sft-data"][0].folder)
 
 
 def put(root, name, files) -> None:
@@ -281,7 +313,7 @@ def test_wrong_files_are_named(tmp_path, clip_files, tokenizer_files):
     whole = zeros()
     refuses("lm-512", {"lm_512.pth": whole[: len(whole) // 2]}, "lm_512.pth is damaged")
     refuses("lm-512", {"lm_512.pth": zeros(n_layers=7)}, "dim 512 with 7 layers, not of dim 512 with 8")
-    refuses("lm-512", {"lm_512.pth": zeros(768, 16)}, "768 wide, not 512")
+    refuses("lm-512", {"lm_512.pth": zeros(768, 16)}, "lm_512.pth is 768 wide, not 512: it is another model")
     weights = {"pretrain_vlm_512.pth": whole, "sft_vlm_512.pth": zeros(language_only=True)}
     refuses("weights-512", weights, "sft_vlm_512.pth does not fit the model, missing: vision_proj")
     refuses("clip", clip_files | {"model.safetensors": b"cut off"}, "cannot load the vision tower")
