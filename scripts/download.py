@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from model.errors import MissingFileError, UserError, run_command
 from scripts.download_check import check_item
 from scripts.download_hubs import HUBS, HuggingFace, ModelScope, RemoteFile, is_whole
-from scripts.download_items import ITEMS, choose_files, list_present, next_command
+from scripts.download_items import ITEMS, choose_files, describe_files, list_present, next_command
 
 
 class Fetch(NamedTuple):
@@ -35,10 +35,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"one or more of: {', '.join(ITEMS)}, all")
     parser.add_argument("--source", choices=HUBS, default="huggingface", help="the hub to fetch from")
-    parser.add_argument("--repo", help="fetch from this repository (OWNER/NAME) of the hub instead of the published one")
+    parser.add_argument(
+        "--repo", help="fetch from this repository (OWNER/NAME) of the hub instead of the published one"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that everything goes below (the repository's)")
     parser.add_argument("--overwrite", action="store_true", help="replace files that differ from the published ones")
-    parser.add_argument("--check", action="store_true", help="fetch nothing: check what is there, list what is missing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fetch nothing: check what is there, list what is missing; with WHAT, fail unless all of it is ready",
+    )
     return parser.parse_args()
 
 
@@ -58,8 +64,12 @@ def plan_fetches(names: list[str], hub: HuggingFace | ModelScope, args: argparse
     """The files of each name. UserError where the repository lacks them or a file on disk would be lost."""
     sources = {name: (args.repo or ITEMS[name].repos[args.source], ITEMS[name].kind) for name in names}
     if args.repo and len({ITEMS[name].repos[args.source] for name in names}) > 1:
-        raise UserError(f"--repo {args.repo} cannot hold all of {', '.join(names)}: fetch what is of one repository at a time")
-    listings = {source: {file.name: file for file in hub.list_files(*source)} for source in dict.fromkeys(sources.values())}
+        raise UserError(
+            f"--repo {args.repo} cannot hold all of {', '.join(names)}: fetch what is of one repository at a time"
+        )
+    listings = {
+        source: {file.name: file for file in hub.list_files(*source)} for source in dict.fromkeys(sources.values())
+    }
     plan = {}
     for name in names:
         item, listing, folder = ITEMS[name], listings[sources[name]], args.root / ITEMS[name].folder
@@ -67,9 +77,10 @@ def plan_fetches(names: list[str], hub: HuggingFace | ModelScope, args: argparse
         if chosen is None and item.optional and "all" in args.what:
             print(f"{name}: {sources[name][0]} does not have it; going on without")
         elif chosen is None:
-            wanted = " or ".join(" + ".join(choice) for choice in item.choices)
             found = ", ".join(sorted(listing)[:8]) or "nothing"
-            raise UserError(f"{sources[name][0]} has no {wanted} (it has {found}): pass --repo or another --source")
+            raise UserError(
+                f"{sources[name][0]} has no {describe_files(item)} (it has {found}): pass --repo or another --source"
+            )
         else:
             plan[name] = [plan_file(listing[file], sources[name], folder, hub, args.overwrite) for file in chosen]
     return plan
@@ -114,7 +125,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder} ({error.strerror}): move what is there, or choose another --root") from error
+        raise UserError(
+            f"cannot make {folder} ({error.strerror}): move what is there, or choose another --root"
+        ) from error
 
 
 def show_size(n_bytes: int) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 from dataset.images import open_images
 from dataset.readers import COLUMNS, JsonLinesRows
 from model.errors import BadSampleError, MissingFileError, UserError, list_reasons
-from scripts.download_items import ITEMS, LAYERS, find_files
+from scripts.download_items import ITEMS, LAYERS, describe_files, find_files
 
 N_ROWS = 1000  # of a data set, that are looked at
 
@@ -22,8 +22,7 @@ def check_item(name: str, root: Path) -> str:
     item, files = ITEMS[name], find_files(name, root)
     folder = root / item.folder
     if files is None:
-        wanted = " or ".join(" + ".join(choice) for choice in item.choices)
-        raise MissingFileError(f"{wanted} in {item.folder}/")
+        raise MissingFileError(f"{describe_files(item)} in {item.folder}/")
     if name == "clip":
         return check_clip(folder)
     if name == "tokenizer":
@@ -52,7 +51,9 @@ def check_tokenizer(folder: Path) -> str:
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more precise for a damaged file
-        raise UserError(f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch it again") from error
+        raise UserError(
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch it again"
+        ) from error
     if len(tokenizer) != LMConfig().vocab_size:
         raise UserError(
             f"the tokenizer in {folder} knows {len(tokenizer)} tokens, not {LMConfig().vocab_size}: it does not belong to the "
@@ -72,7 +73,9 @@ def check_weights(path: Path, dim: int) -> str:
     weights = read_weights(path)
     embeddings = weights.get("tok_embeddings.weight")
     if embeddings is not None and embeddings.shape[-1] != dim:
-        raise UserError(f"{path} is {embeddings.shape[-1]} wide, not {dim}: it is another model; delete it and fetch it again")
+        raise UserError(
+            f"{path} is {embeddings.shape[-1]} wide, not {dim}: it is another model; delete it and fetch it again"
+        )
     with torch.device("meta"):
         model = MiniMindVLM(VLMConfig(dim=dim, n_layers=LAYERS[dim]))
     load_weights(model, weights, path, language_only=path.name.startswith("lm_"))
@@ -110,7 +113,9 @@ def check_parquet(path: Path) -> str:
         file = parquet.ParquetFile(path)
         n_rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
         if not columns.issuperset(COLUMNS):
-            raise UserError(f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: it is another file")
+            raise UserError(
+                f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: it is another file"
+            )
         first = next(file.iter_batches(N_ROWS, columns=["image_bytes"])).column(0) if n_rows else []
         n_images = sum(bool(image.as_py()) for image in first)
     except UserError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ class HuggingFace:
             info = HfApi().repo_info(repo, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
         self.revisions[repo] = info.sha
         return [
-            RemoteFile(entry.rfilename, entry.size or 0, entry.lfs.sha256 if entry.lfs else entry.blob_id or "")
+            RemoteFile(entry.rfilename, entry.size or 0, read_digest(entry.lfs.sha256 if entry.lfs else entry.blob_id))
             for entry in info.siblings
         ]
 
@@ -127,7 +128,7 @@ class ModelScope:
         """All files of a repository. UserError where there is none or the hub cannot be reached."""
         with self._readable_errors(repo, kind):
             listed = self.api.list_repo_files(repo, kind)
-        return [RemoteFile(entry.path, entry.size, entry.sha256 or "") for entry in listed if not entry.is_dir]
+        return [RemoteFile(entry.path, entry.size, read_digest(entry.sha256)) for entry in listed if not entry.is_dir]
 
     def partial_path(self, folder: Path, file: RemoteFile) -> Path:
         """Where the file grows until it is whole."""
@@ -193,6 +194,11 @@ def _no_connection(source: str, error: Exception, other: str) -> str:
         f"cannot reach {source} ({type(error).__name__}): check the network and run this again, which goes on where it "
         f"stopped, or pass --source {other}"
     )
+
+
+def read_digest(text: str | None) -> str:
+    """What a hub calls a digest, if it is one; it becomes part of a file's name."""
+    return text.lower() if re.fullmatch(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}", text or "") else ""
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:

@@ -76,6 +76,13 @@ def choose_files(item: Item, available: set[str]) -> list[str] | None:
     return None
 
 
+def describe_files(item: Item) -> str:
+    """ "config.json + preprocessor_config.json + model.safetensors or pytorch_model.bin" """
+    shared = [name for name in item.choices[0] if all(name in choice for choice in item.choices)]
+    others = [" + ".join(name for name in choice if name not in shared) for choice in item.choices]
+    return " + ".join([*shared, " or ".join(others)] if any(others) else shared)
+
+
 def list_present(folder: Path) -> set[str]:
     """Names of the files in `folder`. A folder with something in it stands for the .zip that it was unpacked from."""
     if not folder.is_dir():
