@@ -26,7 +26,12 @@ def split_names(value: object) -> list[str]:
     if not isinstance(value, (str, list, type(None))):
         raise BadSampleError("image is no name", repr(value)[:200])
     names = value.split(",") if isinstance(value, str) else value or []
-    return [str(name).strip() for name in names if str(name).strip()]
+    names = [str(name).strip() for name in names if str(name).strip()]
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:  # half a character, which no file's name has
+        raise BadSampleError("image is no name", repr(value)[:200]) from error
+    return names
 
 
 class ImageFolder:
@@ -62,6 +67,9 @@ class ImageZip:
                 keep(self.entries, {}, path, "entries")
         else:
             self.entries, _ = found
+
+    def __reduce__(self) -> tuple:  # another process opens the archive itself
+        return ImageZip, (self.path,)
 
     def list_names(self) -> None:
         """Not needed: `find` is fast."""

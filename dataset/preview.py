@@ -107,8 +107,8 @@ def open_all(rows: JsonLinesRows | ParquetRows, row: dict) -> list[Image.Image]:
             pictures.append(load_image(source))
         except BadSampleError as error:
             name = names[number] if names else f"picture {number}"
-            reason = "" if error.__cause__ else f": {error.detail}"  # Pillow's own words do not help
-            raise BadSampleError(error.args[0], name + reason) from error
+            detail = error.detail if name in error.detail else f"{name}: {error.detail}"
+            raise BadSampleError(error.args[0], detail) from error
     return pictures
 
 

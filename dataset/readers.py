@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +22,6 @@ from model.errors import BadSampleError, UserError
 COLUMNS = ["conversations", "image_bytes"]  # of the published Parquet files
 ROWS_A_BATCH = 256  # that are copied together
 KEEP_FREE = 10**9  # bytes of the disk that a copy leaves alone
-
-
-def parse_json(text: str) -> object:
-    """What the JSON says. ValueError where it is none, or holds half a character (a lone "\\ud83d"), which no tokenizer takes."""
-    value = json.loads(text)
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
 
 
 class JsonLinesRows:
@@ -53,18 +46,29 @@ class JsonLinesRows:
                 progress.update(len(line))
 
     def read(self, offset: int) -> dict | None:
+        return self._parse(self.read_line(offset))
+
+    def read_line(self, offset: int) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return self._parse(file.readline())
+            return file.readline()
+
+    def keys(self) -> np.ndarray:
+        """int64[n]: the offset of every line that is not blank."""
+        offsets, offset = array("q"), 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    offsets.append(offset)
+                offset += len(line)
+        return np.frombuffer(offsets, np.int64) if offsets else np.empty(0, np.int64)
 
     def explain(self, offset: int) -> str:
         """Why `read` gives None."""
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            try:
-                return f"it is {parse_json(file.readline().decode('utf-8-sig'))!r:.60}"
-            except (ValueError, RecursionError) as error:
-                return str(error)
+        try:
+            return f"it is {json.loads(self.read_line(offset).decode('utf-8-sig'))!r:.60}"
+        except (ValueError, RecursionError) as error:
+            return str(error)
 
     def name_places(self, offsets: list[int]) -> list[str]:
         """ "line 7" for each of the offsets, as an editor counts."""
@@ -80,7 +84,7 @@ class JsonLinesRows:
     @staticmethod
     def _parse(line: bytes) -> dict | None:
         try:
-            row = parse_json(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             return None
         return row if isinstance(row, dict) else None
@@ -131,13 +135,17 @@ class ParquetRows:
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         """(number, bytes of text, row) of every row; the row is None where its conversations are no JSON."""
         for number in tqdm(range(self.starts[-1]), desc=f"check {self.path.name}", unit="row", leave=False, delay=1):
-            text, _ = self._values(number)
+            text, _ = self.values(number)
             yield number, len(str(text).encode()), self.read(number)
 
+    def keys(self) -> np.ndarray:
+        """int64[n]: the number of every row."""
+        return np.arange(self.starts[-1])
+
     def read(self, number: int) -> dict | None:
-        text, images = self._values(number)
+        text, images = self.values(number)
         try:
-            conversations = parse_json(text) if isinstance(text, str) else text
+            conversations = json.loads(text) if isinstance(text, str) else text
         except (ValueError, RecursionError):
             return None
         return {"conversations": conversations, "image_bytes": [images] if isinstance(images, bytes) else images or []}
@@ -145,7 +153,7 @@ class ParquetRows:
     def explain(self, number: int) -> str:
         """Why `read` gives None."""
         try:
-            parse_json(self._values(number)[0])
+            json.loads(self.values(number)[0])
         except (ValueError, RecursionError) as error:
             return str(error)
 
@@ -153,7 +161,8 @@ class ParquetRows:
         """ "row 7" for each of the numbers, as pandas counts: from 0."""
         return [f"row {number}" for number in numbers]
 
-    def _values(self, number: int) -> list:
+    def values(self, number: int) -> list:
+        """[conversations, image_bytes] as they are in the file."""
         batch = int(np.searchsorted(self.starts, number, side="right")) - 1
         return [column[number - int(self.starts[batch])].as_py() for column in self.batches[batch]]
 

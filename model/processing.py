@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model.errors import BadSampleError, MissingFileError, UserError
@@ -58,7 +58,10 @@ def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
         if isinstance(error, BadSampleError):
             raise
-        raise BadSampleError("image damaged", f"{source} ({error})") from error
+        reason = "no picture" if isinstance(error, UnidentifiedImageError) else error
+        raise BadSampleError(
+            "image damaged", f"{source} ({reason})" if isinstance(source, str | Path) else str(reason)
+        ) from error
 
 
 def check_conversation(conversations: list[dict], blank_answers: bool = False) -> list[tuple[str, str]]:
@@ -74,6 +77,10 @@ def check_conversation(conversations: list[dict], blank_answers: bool = False) -
     for index, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise BadSampleError("turn without text content", f"turn {index}")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as error:  # a lone "\\ud83d" in JSON, which no tokenizer takes
+            raise BadSampleError("half a character", f"turn {index}: {turn['content']!r:.60}") from error
         role = turn.get("role") or expected
         if role == "system" and index == 0:
             turns.append((role, turn["content"]))

@@ -30,6 +30,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from dataset.scene_set import write_scene_set
 from model.LMConfig import VLMConfig
 from model.vision import quiet_transformers
+from scripts.bench_clean import measure_cleaning
 from scripts.bench_decode import N_LAYERS, measure_decoding
 from scripts.bench_published import LEVERS
 from scripts.bench_quality import SCRIPTS, measure_quality
@@ -202,7 +203,13 @@ def print_row(row: dict) -> None:
     )
 
 
-MEASURE = {"train": bench_training, "decode": measure_decoding, "quality": measure_quality, "rows": measure_rows}
+MEASURE = {
+    "train": bench_training,
+    "decode": measure_decoding,
+    "quality": measure_quality,
+    "rows": measure_rows,
+    "clean": measure_cleaning,
+}
 
 
 def main() -> None:

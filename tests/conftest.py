@@ -79,6 +79,14 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 56)) -> Image.Image:
     return Image.fromarray(noise).resize(size)
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
