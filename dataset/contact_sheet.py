@@ -113,7 +113,7 @@ def lay_out(pieces: list[Piece], measure: Callable[[str], float], width: float) 
     widths = [measure(text) + 2 * CHIP * (pieces[number].kind == IMAGE) for number, text in shown]
     needed = widths.copy()  # by a piece with the rest of its word
     for k in range(len(shown) - 2, -1, -1):
-        if _is_letter(shown[k][1][-1]) and _is_letter(shown[k + 1][1][0]):
+        if _is_solid(shown[k][1][-1]) and _is_solid(shown[k + 1][1][0]):
             needed[k] += needed[k + 1]
     placed, x, line, names_role = [], 0.0, 0, False
     for (number, text), own_width, word_width in zip(shown, widths, needed):
@@ -136,8 +136,9 @@ def _split_lines(piece: Piece) -> list[str]:
     return [part.replace("\n", LINE_BREAK) for part in re.split("(\n)", text) if part]
 
 
-def _is_letter(character: str) -> bool:
-    return character.isascii() and character.isalnum()
+def _is_solid(character: str) -> bool:
+    """Whether it is part of a Latin word, with its punctuation; Chinese may be broken anywhere."""
+    return character.isascii() and not character.isspace()
 
 
 def draw_sheet(samples: list[Sample], title: str, subtitle: str, n_image_tokens: int, max_seq_len: int) -> Image.Image:

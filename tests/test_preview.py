@@ -23,6 +23,7 @@ from dataset.contact_sheet import (
     IMAGE,
     LEARNED,
     LINE_BREAK,
+    MARK,
     SHADES,
     Piece,
     Sample,
@@ -187,6 +188,7 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch, capsys):
 def test_languages_of_short_texts():
     assert detect_language("A dog runs across the grass.") == "en" and detect_language("一只狗在草地上跑。") == "zh"
     assert detect_language("大马跳起来。") == "zh" == detect_language("狗狗吐舌头。"), "py3langid: Wu Chinese"
+    assert detect_language("大马跳起来 ABCDEF GHIJ") == "zh" == detect_language("街上好多人 DJ MV TV KTV"), "Wu and Yue"
     assert detect_language("犬が芝生の上を走っています。") == "ja" and detect_language("개가 잔디밭을 달린다.") == "ko"
     assert detect_language("Собака бежит по зеленой траве.") == "ru"
     for text in ("", "red", "42", "B2", "🐶", "\n"):
@@ -230,6 +232,21 @@ def test_lines_hold_everything_side_by_side(pieces, width):
         assert starts_line or (after.line == one.line and after.x == one.x + one.width)
         assert one.text != LINE_BREAK or starts_line
     assert all(one.x == 0 or one.text == LINE_BREAK or one.x + one.width <= width for one in placed)
+
+
+def test_a_line_ends_before_a_word():
+    """A word of several tokens stays together, unless it is longer than a line."""
+    tokens = ["aa", " wa", "ter", "melon", ".", " 一", "二三", "x" * 30, "y" * 30]
+    placed = lay_out([Piece(token, 1, LEARNED) for token in tokens], len, 13)
+    assert [(one.text, one.line) for one in placed[:7]] == [
+        ("aa", 0), (" wa", 1), ("ter", 1), ("melon", 1), (".", 1), (" 一", 2), ("二三", 2),
+    ]  # fmt: skip
+
+
+def test_a_turn_starts_on_the_line_of_its_role():
+    tokens = ["<s>", "user", "\n", "hi", "\n", "there", "</s>", "\n", "<s>", "assistant", "\n", "yes"]
+    placed = lay_out([Piece(token, 1, MARK if "s>" in token else LEARNED) for token in tokens], len, 99)
+    assert [one.line for one in placed] == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_a_long_row_is_shortened():
