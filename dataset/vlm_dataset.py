@@ -39,7 +39,8 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> JsonLine
     path = Path(data_path)
     if not path.is_file():
         raise MissingFileError(
-            f"no data at {data_path}: fetch {path.name} of jingyaogong/minimind-v_dataset into {path.parent}/, or pass --data"
+            f"no data at {data_path}: fetch the published sets with `python scripts/download.py pretrain-data sft-data`, "
+            "or pass --data"
         )
     return ParquetRows(path) if path.suffix == ".parquet" else JsonLinesRows(path, open_images(images_path))
 

@@ -16,7 +16,6 @@ from model.LMConfig import LMConfig
 from model.model_lm import MiniMindLM
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}  # --model_mode -> file name
-PUBLISHED = "jingyaogong/MiniMind2-V-PyTorch"  # where lm_*.pth, pretrain_vlm_*.pth and sft_vlm_*.pth are
 PROJECTOR = "vision_proj."
 _IGNORED = re.compile(r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\.")  # buffers and CLIP, in some published files
 
@@ -82,8 +81,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(
-            f"no weights at {path}: train them first, or fetch them with `hf download {PUBLISHED} "
-            f"--local-dir {path.parent}`"
+            f"no weights at {path}: train them first, or fetch the published ones with `python scripts/download.py lm-512` or "
+            "`weights-512`, likewise 768"
         )
     weights = read_checkpoint(path)
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):

@@ -25,8 +25,7 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
     """The tokenizer in `path`; UserError unless it has the ids the model counts on (0 pad, 1 <s>, 2 </s>, 34 '@')."""
     if not (Path(path) / "tokenizer.json").is_file():
         raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `hf download jingyaogong/MiniMind2-V tokenizer.json "
-            f"tokenizer_config.json --local-dir {TOKENIZER_PATH}`"
+            f"no tokenizer in {path}: fetch it with `python scripts/download.py tokenizer`, or point --tokenizer to it"
         )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     expected = {"<unk>": 0, "<s>": 1, "</s>": 2, PLACEHOLDER: VLMConfig().image_token_id}

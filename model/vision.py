@@ -20,8 +20,7 @@ def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise MissingFileError(
-        f"no CLIP in {path}: fetch it with `hf download openai/clip-vit-base-patch16 "
-        f"--local-dir {VISION_MODEL_PATH}/clip-vit-base-patch16`, or point --vision_model to it"
+        f"no CLIP in {path}: fetch it with `python scripts/download.py clip`, or point --vision_model to it"
     )
 
 

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_missing_truncated_and_foreign_files(tmp_path):
-    with pytest.raises(MissingFileError, match="hf download jingyaogong/MiniMind2-V-PyTorch"):
+    with pytest.raises(MissingFileError, match="scripts/download.py lm-512"):
         read_weights(tmp_path / "lm_512.pth")
     save_atomically(weights_to_save(small_model()), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()

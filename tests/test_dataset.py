@@ -79,7 +79,7 @@ def test_a_damaged_picture_is_found_when_it_is_needed(folder, processor):
 def test_what_is_missing_is_named(folder, processor):
     with pytest.raises(
         MissingFileError,
-        match=r"no data at .*sft_vlm_data.jsonl: fetch sft_vlm_data.jsonl of jingyaogong/minimind-v_dataset",
+        match=r"no data at .*sft_vlm_data.jsonl: fetch the published sets with .python scripts/download.py",
     ):
         VLMDataset(folder / "sft_vlm_data.jsonl", folder, processor, 100)
     path = write_rows(folder / "data.jsonl", [row("a.jpg")])

@@ -101,7 +101,7 @@ def test_only_the_vision_half_of_clip_is_loaded_frozen(whole_clip, capfd):
 
 
 def test_missing_or_broken_clip_says_what_to_do(tmp_path, whole_clip):
-    with pytest.raises(MissingFileError, match=r"hf download openai/clip-vit-base-patch16 .*--vision_model"):
+    with pytest.raises(MissingFileError, match=r"scripts/download.py clip.*--vision_model"):
         load_vision_encoder(tmp_path / "nothing")
     folder, _ = whole_clip
     weights = folder / "clip-vit-base-patch16/model.safetensors"

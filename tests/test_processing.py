@@ -220,7 +220,7 @@ def picture_bytes(size: tuple[int, int]) -> bytes:
 
 
 def test_missing_or_foreign_tokenizer(tmp_path, tokenizer):
-    with pytest.raises(MissingFileError, match="no tokenizer in .*hf download"):
+    with pytest.raises(MissingFileError, match="no tokenizer in .*scripts/download.py tokenizer"):
         load_tokenizer(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     content = (tmp_path / "tokenizer.json").read_text().replace('"@":34', '"@":35').replace('"@": 34', '"@": 35')
