@@ -13,6 +13,7 @@ from pathlib import Path
 from dataset.mixture import open_data
 from model.chat import Chat
 from model.checkpoint import save_text
+from model.compact import count_weights
 from model.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
 from model.evaluation import IMAGE_CHOICES, accuracy, answer_questions, collect_questions, mean_loss
 from model.pretrained import add_model_flags, add_sampling_flags, load_vlm
@@ -53,14 +54,16 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--save_report", help="write the scores and answers of --data to this JSON file")
     add_model_flags(parser)
     add_sampling_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error(f"--batch_size is {args.batch_size}: it has to be at least 1")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     model, processor = load_vlm(args)
-    n_parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vision_encoder."))
-    print(f"model: {n_parameters / 1e6:.2f} M parameters without the vision tower, on {args.device}")
+    print(f"model: {count_weights(model) / 1e6:.2f} M parameters without the vision tower, on {args.device}")
     if args.data:
         measure(args, model, processor)
     elif args.chat:
@@ -133,15 +136,19 @@ def measure(args: argparse.Namespace, model, processor) -> None:
     dataset = open_data(args.data, args.images_path, processor, args.max_seq_len)
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
-    questions = collect_questions(dataset, args.show_images)
-    answer_questions(model, processor, questions, args.batch_size, f"answer ({args.show_images} images)")
+    questions, unreadable = collect_questions(dataset, args.show_images)
+    questions, not_asked = answer_questions(
+        model, processor, questions, args.batch_size, f"answer ({args.show_images} images)"
+    )
+    if unreadable or not_asked:
+        print(f"not asked: {list_reasons(unreadable + not_asked)}")
+    if not questions:
+        raise UserError(f"no question of {' '.join(args.data)} could be asked")
     scores = accuracy(questions)
     report = {"images": args.show_images, "questions": len(questions), "accuracy": scores}
     if args.show_images == "right":
-        report["loss"], n_bad = mean_loss(model, dataset)
-        print(
-            f"loss: {report['loss']:.4f} nats a label token" + (f" ({n_bad} rows could not be read)" if n_bad else "")
-        )
+        report["loss"] = mean_loss(model, dataset)
+        print(f"loss: {report['loss']:.4f} nats a label token")
     for name, score in scores.items():
         print(f"exact answers, {name}: {100 * score:.1f} %")
     if args.save_report:

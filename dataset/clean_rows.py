@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ftfy import TextFixerConfig, fix_text
 
+from dataset.language import UNSURE, detect_language
 from model.errors import BadSampleError
 from model.processing import IMAGE_TAG, check_conversation, match_image_tags
 
@@ -121,9 +122,7 @@ def check_answers(turns: list[dict], limits: Limits) -> list[str]:
     if length > limits.max_answer:
         raise BadSampleError("answer too long", f"{length} characters")
     if limits.languages:
-        from dataset.language import detect_language
-
         language = detect_language(" ".join(answers))
-        if language not in limits.languages:
+        if language not in (*limits.languages, UNSURE):
             raise BadSampleError("other language", f"{language}: {answers[0][:80]}")
     return answers

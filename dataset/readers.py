@@ -153,13 +153,13 @@ class ParquetRows:
     def explain(self, number: int) -> str:
         """Why `read` gives None."""
         try:
-            json.loads(self.values(number)[0])
-        except (ValueError, RecursionError) as error:
+            return f"it is {json.loads(self.values(number)[0])!r:.60}"
+        except (ValueError, RecursionError, TypeError) as error:
             return str(error)
 
     def name_places(self, numbers: list[int]) -> list[str]:
-        """ "row 7" for each of the numbers, as pandas counts: from 0."""
-        return [f"row {number}" for number in numbers]
+        """ "row 7" for each of the numbers, counted from 1."""
+        return [f"row {number + 1}" for number in numbers]
 
     def values(self, number: int) -> list:
         """[conversations, image_bytes] as they are in the file."""

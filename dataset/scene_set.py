@@ -5,13 +5,16 @@ python -m dataset.scene_set out/demo/data        # the sizes `make demo` uses
 lm_data.jsonl                             text-only rows: scenes in words, the same questions
 pretrain_vlm_data.jsonl, pretrain_images/ one image and its description
 sft_vlm_data.jsonl, sft_images/           dialogues about one image, or two
+sft_vlm_data_multi.jsonl, sft_multi_images/    dialogues about two images
 eval_vlm_data.jsonl, eval_images/         one question a row about held-out scenes, with its `type`
+eval_vlm_data_multi.jsonl, eval_multi_images/  the same, about two
 """
 
 import argparse
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,11 +22,20 @@ from tqdm import tqdm
 from dataset.scene_text import LANGUAGES, PAIR_TYPES, QUESTION_TYPES, Question, ask, caption, describe
 from dataset.scenes import Scene, change_one, draw_scene, sample_scene
 
-SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "eval": 960}
+SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "multi": 3000, "eval": 960, "eval_multi": 300}
+FILES = {  # of each part: rows, and the folder of their images beside
+    "lm": ("lm_data.jsonl", ""),
+    "pretrain": ("pretrain_vlm_data.jsonl", "pretrain_images"),
+    "sft": ("sft_vlm_data.jsonl", "sft_images"),
+    "multi": ("sft_vlm_data_multi.jsonl", "sft_multi_images"),
+    "eval": ("eval_vlm_data.jsonl", "eval_images"),
+    "eval_multi": ("eval_vlm_data_multi.jsonl", "eval_multi_images"),
+}
 LEAST_TURNS, MOST_TURNS = 6, 14
 DIALOGUE_TYPES = (  # what is learned slowest is asked most: to find a thing by its shape, to count
     *QUESTION_TYPES, "color", "color", "count", "in_image",
 )  # fmt: skip
+MULTI_TYPES = (*PAIR_TYPES, "difference", "difference")
 
 
 def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tuple[Scene, ...]:
@@ -85,10 +97,9 @@ def text_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
     return row, ()
 
 
-def write_part(path: Path, n_rows: int, make_row, seed: str) -> None:
-    """Write rows to a .jsonl file; `make_row(rng, index)` returns (row without "image", scenes to draw beside the file)."""
+def write_part(path: Path, images: Path, n_rows: int, make_row, seed: str) -> None:
+    """Write rows to a .jsonl file; `make_row(rng, index)` returns (row without "image", scenes to draw into `images`)."""
     rng = random.Random(seed)
-    images = path.parent / f"{path.name.split('_')[0]}_images"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for index in tqdm(range(n_rows), desc=f"write {path.name}", unit="row"):
@@ -108,10 +119,10 @@ def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...
     return {"conversations": as_turns([caption(scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
 
 
-def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+def eval_row(rng: random.Random, index: int, types: Sequence[str] = QUESTION_TYPES) -> tuple[dict, tuple[Scene, ...]]:
     """Every type equally often, languages in turn."""
-    question_type = QUESTION_TYPES[index % len(QUESTION_TYPES)]
-    language = LANGUAGES[index // len(QUESTION_TYPES) % 2]
+    question_type = types[index % len(types)]
+    language = LANGUAGES[index // len(types) % 2]
     while True:
         scenes = sample_scenes(rng, held_out=True, question_type=question_type)
         question = ask(rng, question_type, scenes, language)
@@ -121,11 +132,18 @@ def eval_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
 
 
 def write_scene_set(folder: Path, sizes: dict[str, int], seed: int = 1337) -> None:
-    """Write the parts named in `sizes` (rows of each of "lm", "pretrain", "sft", "eval")."""
-    makers = {"lm": text_row, "pretrain": pretrain_row, "sft": dialogue_row, "eval": eval_row}
+    """Write the parts named in `sizes` (rows of each of FILES)."""
+    makers = {
+        "lm": text_row,
+        "pretrain": pretrain_row,
+        "sft": dialogue_row,
+        "multi": partial(dialogue_row, types=MULTI_TYPES),
+        "eval": eval_row,
+        "eval_multi": partial(eval_row, types=PAIR_TYPES),
+    }
     for name, n_rows in sizes.items():
-        file_name = "lm_data.jsonl" if name == "lm" else f"{name}_vlm_data.jsonl"
-        write_part(folder / file_name, n_rows, makers[name], seed=f"{seed}-{name}")
+        file_name, images = FILES[name]
+        write_part(folder / file_name, folder / images, n_rows, makers[name], seed=f"{seed}-{name}")
 
 
 def main() -> None:

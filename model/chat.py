@@ -35,7 +35,7 @@ class Chat:
         if input_ids.shape[1] >= self.model.config.max_seq_len:
             raise UserError(
                 f"the conversation has {input_ids.shape[1]} tokens but the model takes "
-                f"{self.model.config.max_seq_len}: start a new one"
+                f"{self.model.config.max_seq_len} (--max_seq_len): start a new one"
             )
         features = self._features(images)
 

@@ -38,6 +38,15 @@ class CompactLinear(nn.Module):
         return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def count_weights(model: MiniMindLM) -> int:
+    """Learned numbers, in whatever form they are kept, without the vision tower. The head is the embeddings."""
+    return sum(
+        tensor.numel()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not name.startswith(("vision_encoder.", "output.")) and name.endswith(("weight", "bias", "compact"))
+    )
+
+
 def compact_weights(model: MiniMindLM, form: str) -> None:
     """Keep the linear layers of the language model, and its head, in `form`: float16 or int8 (float32 leaves them alone)."""
     if form == "float32":

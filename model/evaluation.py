@@ -2,7 +2,7 @@
 
 import random
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,17 @@ class Question:
     given: str = ""  # the model's answer
 
 
-def collect_questions(dataset, images: str = "right", seed: int = 0) -> list[Question]:
-    """Every assistant turn of every row, after the true turns before it.
+def collect_questions(dataset, images: str = "right", seed: int = 0) -> tuple[list[Question], Counter[str]]:
+    """(every assistant turn of every row, after the true turns before it; how many rows cannot be read, by reason).
 
     `dataset.read(i)` gives (row, images). `images`: "right"; "wrong", those of another row with as many; or "none".
     """
-    rows = [dataset.read(index) for index in range(len(dataset))]
+    rows, unreadable = [], Counter()
+    for index in range(len(dataset)):
+        try:
+            rows.append(dataset.read(index))
+        except BadSampleError as error:  # a damaged entry of an archive
+            unreadable[error.args[0]] += 1
     shown = [row_images for _, row_images in rows]
     if images == "wrong":
         shown = _shuffle_images(shown, seed)
@@ -42,7 +47,7 @@ def collect_questions(dataset, images: str = "right", seed: int = 0) -> list[Que
         for index, turn in enumerate(turns):
             if turn["role"] == "assistant":
                 questions.append(Question(turns[:index], row_images, turn["content"], row.get("type", "all")))
-    return questions
+    return questions, unreadable
 
 
 def _shuffle_images(images: list[list], seed: int) -> list[list]:
@@ -64,20 +69,31 @@ def answer_questions(
     questions: list[Question],
     batch_size: int = 32,
     description: str = "answer",
-) -> None:
-    """Fill in `given` of every question, greedily, in left-padded batches of similar length."""
+) -> tuple[list[Question], Counter[str]]:
+    """Fill in `given` of every question, greedily, in left-padded batches of similar length. Returns (the questions that were
+    asked, how many were not since a picture cannot be read, by reason)."""
     device = model.tok_embeddings.weight.device
+    unreadable: Counter[str] = Counter()
     prompts = [processor.encode_prompt(question.turns, len(question.images))[0] for question in questions]
-    longest = max(len(processor.tokenizer(question.answer)["input_ids"]) for question in questions)
-    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+    longest = max((len(processor.tokenizer(question.answer)["input_ids"]) for question in questions), default=0)
+    order, asked = sorted(range(len(questions)), key=lambda index: len(prompts[index])), []
     with tqdm(total=len(questions), desc=description, unit="question") as progress:
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+            chosen, batch, pixel_values = order[start : start + batch_size], [], []
+            for index in chosen:
+                try:
+                    pixel_values.append(processor.preprocess(questions[index].images))
+                    batch.append(index)
+                except BadSampleError as error:
+                    unreadable[error.args[0]] += 1
+            progress.update(len(chosen) - len(batch))
+            if not batch:
+                continue
+            asked += batch
             input_ids, attention_mask = pad_left([prompts[index] for index in batch])
-            images = [image for index in batch for image in questions[index].images]
             tokens = model.generate(
                 input_ids.to(device),
-                processor.preprocess(images).to(device),
+                torch.cat(pixel_values).to(device),
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=longest + 4,
                 temperature=0,
@@ -86,6 +102,7 @@ def answer_questions(
             for index, text in zip(batch, texts):
                 questions[index].given = text
             progress.update(len(batch))
+    return [questions[index] for index in sorted(asked)], unreadable
 
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,18 +133,17 @@ def normalise(answer: str) -> str:
 
 
 @torch.no_grad()
-def mean_loss(model: MiniMindVLM, dataset) -> tuple[float, int]:
-    """(mean loss over the label tokens, samples that could not be read)."""
+def mean_loss(model: MiniMindVLM, dataset) -> float:
+    """The mean loss over the label tokens of the samples that can be read."""
     device = model.tok_embeddings.weight.device
-    loss_sum, n_labels, n_bad = 0.0, 0, 0
+    loss_sum, n_labels = 0.0, 0
     for index in tqdm(range(len(dataset)), desc="loss", unit="row"):
         try:
             sample = {name: tensor.to(device) for name, tensor in dataset[index].items()}
         except BadSampleError:
-            n_bad += 1
             continue
         labels = sample["labels"][None]
         count = count_labels(labels)
         loss = model(sample["input_ids"][None], sample["pixel_values"], labels, return_logits=False).loss
         loss_sum, n_labels = loss_sum + float(loss) * count, n_labels + count
-    return loss_sum / max(n_labels, 1), n_bad
+    return loss_sum / max(n_labels, 1)

@@ -81,8 +81,12 @@ def generate(
         raise UserError(
             f"the prompt has {prompt_length} tokens but max_seq_len is {model.config.max_seq_len}: shorten the prompt"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]: change the flag")
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}: it has to be at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it has to be above 0 and at most 1")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: it has to be at least 1")
     steps = _steps(
         model, input_ids, pixel_values, image_features, attention_mask,
         min(max_new_tokens, room), temperature, top_p, eos_token_id, pad_token_id,

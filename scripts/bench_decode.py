@@ -20,7 +20,12 @@ from model.model_vlm import MiniMindVLM
 PROMPT_TOKENS = 238  # the published question about one picture
 NEW_TOKENS = 128
 REPEATS = 3
-RECIPES = {"published": "float32", "ours, float32": "float32", "ours": "float16", "ours, int8": "int8"}  # -> weights
+RECIPES = {
+    "published": "float32",
+    "ours, float32": "float32",
+    "ours, float16": "float16",
+    "ours, int8": "int8",
+}  # -> weights
 N_LAYERS = {512: 8, 768: 16}
 
 

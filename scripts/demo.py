@@ -16,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset.scene_set import write_scene_set
+from dataset.scene_set import FILES, write_scene_set
 from dataset.scene_text import QUESTION_TYPES
+from model.errors import run_command
 
 STAND_INS = ROOT / "model" / "demo"
 OUT = ROOT / "out" / "demo"
@@ -37,12 +38,15 @@ TRAIN_FLAGS = [
     "--feature_cache_gb",
     "0",
 ]
-ROWS = {"lm": 1280, "pretrain": 3200, "sft": 7200, "eval": 640}
+ROWS = {"lm": 1280, "pretrain": 3200, "sft": 7200, "multi": 2400, "eval": 640, "eval_multi": 300}
 IMAGE_CHOICES = {
     "right": "accuracy",
     "wrong": "accuracy_wrong_image",
     "none": "accuracy_no_image",
 }  # -> name in the report
+
+
+MULTI_CHOICES = {"right": "accuracy_multi", "wrong": "accuracy_multi_wrong_images"}
 
 
 def run_stage(title: str, script: str, *flags: str) -> None:
@@ -70,20 +74,24 @@ def train_stages(data: Path) -> None:
         *TRAIN_FLAGS, "--data_path", str(data / "sft_vlm_data.jsonl"), "--images_path", str(data / "sft_images"),
         "--epochs", "1", "--batch_size", "8", "--accumulation_steps", "2", "--learning_rate", "6e-4", "--warmup_iters", "20",
     )  # fmt: skip
+    run_stage(
+        "multi-image SFT: the same model goes on with questions about two images", "train_sft_vlm.py",
+        *TRAIN_FLAGS, "--data_path", str(data / "sft_vlm_data_multi.jsonl"), "--images_path", str(data / "sft_multi_images"),
+        "--init_weights", str(OUT / "sft_vlm_128.pth"), "--save_name", "sft_vlm_multi",
+        "--epochs", "1", "--batch_size", "8", "--accumulation_steps", "2", "--learning_rate", "4e-4", "--warmup_iters", "10",
+    )  # fmt: skip
 
 
-def evaluate(data: Path) -> dict[str, dict]:
-    """The report of eval_vlm.py for each choice of images."""
-    reports = {}
-    for images in IMAGE_CHOICES:
-        path = OUT / f"eval_{images}.json"
-        run_stage(
-            f"evaluation on held-out scenes, {images} image", "eval_vlm.py",
-            *MODEL_FLAGS, "--out_dir", str(OUT), "--data", str(data / "eval_vlm_data.jsonl"),
-            "--images_path", str(data / "eval_images"), "--show_images", images, "--save_report", str(path),
-        )  # fmt: skip
-        reports[images] = json.loads(path.read_text(encoding="utf-8"))
-    return reports
+def evaluate(title: str, part: str, images: str, mode: str) -> dict:
+    """The report of eval_vlm.py on a part of the set, with the "right" images, "wrong" ones or "none"."""
+    rows, folder = FILES[part]
+    path = OUT / f"{part}_{images}.json"
+    run_stage(
+        title, "eval_vlm.py",
+        *MODEL_FLAGS, "--out_dir", str(OUT), "--model_mode", mode, "--data", str(OUT / "data" / rows),
+        "--images_path", str(OUT / "data" / folder), "--show_images", images, "--save_report", str(path),
+    )  # fmt: skip
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> None:
@@ -91,6 +99,10 @@ def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> 
     print(f"{'':14}" + "".join(f"{heading:>13}" for heading in ("right image", "wrong image", "no image")))
     for name in (*QUESTION_TYPES, "overall"):
         print(f"{name:14}" + "".join(f"{100 * report[key][name]:13.1f}" for key in IMAGE_CHOICES.values()))
+    print("\nTwo images, after multi-image SFT\n")
+    print(f"{'':14}" + "".join(f"{heading:>13}" for heading in ("right images", "wrong images")))
+    for name in (*PAIR_TYPES, "overall"):
+        print(f"{name:14}" + "".join(f"{100 * report[key][name]:13.1f}" for key in MULTI_CHOICES.values()))
     print("\nSome answers (right image):\n")
     for answer in reports["right"]["answers"][: 2 * len(QUESTION_TYPES)]:
         question = answer["question"].replace("<image>\n", "")
@@ -98,8 +110,10 @@ def print_results(reports: dict[str, dict], report: dict, report_path: Path) -> 
         verdict = "" if answer["given"] == answer["answer"] else f"   (wrong: {answer['answer']})"
         print(f"  [{pictures}] {question} -> {answer['given']}{verdict}")
     shown = OUT.relative_to(ROOT)
-    print(f"\nweights: {shown}/lm_128.pth, {shown}/pretrain_vlm_128.pth, {shown}/sft_vlm_128.pth")
-    print(f"loss curves: {shown}/lm_128.png, {shown}/pretrain_vlm_128.png, {shown}/sft_vlm_128.png")
+    print("")
+    for title, ending in (("weights", "pth"), ("loss curves", "png")):
+        names = (f"{shown}/{name}_128.{ending}" for name in ("lm", "pretrain_vlm", "sft_vlm", "sft_vlm_multi"))
+        print(f"{title}: {', '.join(names)}")
     print(f"report: {report_path.relative_to(ROOT)}")
     print(f"{report['seconds'] / 60:.1f} minutes, at most {report['peak_memory_bytes'] / 1e9:.2f} GB of memory")
     flags = " ".join(flag.replace(f"{ROOT}/", "") for flag in MODEL_FLAGS)
@@ -117,8 +131,14 @@ def main() -> None:
     print("== rendering the scene set", flush=True)
     write_scene_set(data, ROWS)
     train_stages(data)
-    reports = evaluate(data)
+    reports = {
+        images: evaluate(f"evaluation on held-out scenes, {images} image", "eval", images, "1")
+        for images in IMAGE_CHOICES
+    }
     report = {key: reports[images]["accuracy"] for images, key in IMAGE_CHOICES.items()}
+    for images, key in MULTI_CHOICES.items():
+        title = f"evaluation of multi-image SFT on held-out pairs, {images} images"
+        report[key] = evaluate(title, "eval_multi", images, "2")["accuracy"]
     report["seconds"] = round(time.perf_counter() - started, 1)
     usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     report["peak_memory_bytes"] = max(usage) * (1 if sys.platform == "darwin" else 1024)  # of the largest process
@@ -128,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -101,7 +101,7 @@ def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
 def test_a_conversation_too_long_is_refused_and_unharmed(model, processor):
     chat = Chat(model, processor)
     list(chat.ask("What?", max_new_tokens=2))
-    with pytest.raises(UserError, match="the model takes 512: start a new one"):
+    with pytest.raises(UserError, match=r"the model takes 512 \(--max_seq_len\): start a new one"):
         list(chat.ask("circle " * 600, max_new_tokens=2))
     assert len(chat.turns) == 2
 

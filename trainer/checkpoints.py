@@ -79,9 +79,11 @@ class Checkpoints:
         state, found = self.runtime.from_main(self._read_newest)
         if state is None:
             if self.args.resume == "yes":
-                raise UserError(f"--resume finds no checkpoint in {self.folder}: leave it out to start anew")
+                raise UserError(f"--resume finds no whole checkpoint in {self.folder}: leave it out to start anew")
             if found and not self.args.resume:
-                self.runtime.say(f"{self.folder} holds an earlier run, which --resume would go on with; starting anew")
+                self.runtime.say(
+                    f"{self.folder} holds an earlier run, which --resume would go on with; starting anew in its place"
+                )
             return Progress()
         for name, value in self.run.items():
             if state["run"].get(name) != value:

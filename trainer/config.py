@@ -6,6 +6,12 @@ from model.LMConfig import LMConfig
 from model.processing import TOKENIZER_PATH
 from model.vision import VISION_MODEL_PATH
 
+LEAST = dict(  # values of flags
+    batch_size=1, accumulation_steps=1, epochs=1, max_steps=1, warmup_iters=0, learning_rate=0, grad_clip=0, log_interval=1,
+    save_interval=1, val_interval=1, keep_checkpoints=1, max_seq_len=1, num_workers=0, n_layers=1, feature_cache_gb=0,
+    memory_gb=0,
+)  # fmt: skip
+
 
 def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     """Read the command line. `defaults` are the stage's own: save_name, init_name, epochs, batch_size, learning_rate,
@@ -24,6 +30,12 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     group.add_argument("--val_data", nargs="+", metavar="FILE", help="rows for a validation loss, same formats")
     group.add_argument(
         "--val_images", nargs="+", metavar="FOLDER", help="folder of their images (as --images_path where not given)"
+    )
+    group.add_argument(
+        "--val_interval",
+        type=int,
+        default=None,
+        help="steps between validations (at the end of each epoch where not given)",
     )
     group.add_argument("--max_seq_len", type=int, help="tokens a sample is cut at")
     group.add_argument("--num_workers", type=int, default=None, help="processes that read data (8, and 0 on a CPU)")
@@ -57,7 +69,7 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
     group = parser.add_argument_group("learning")
     group.add_argument("--epochs", type=int, help="passes over the data")
     group.add_argument(
-        "--batch_size", type=lambda text: text if text == "auto" else int(text),
+        "--batch_size", type=size_or_auto,
         help="samples at a time, on each device; auto: what fits, the rest by accumulation",
     )  # fmt: skip
     group.add_argument(
@@ -101,15 +113,12 @@ def parse_train_args(description: str, **defaults) -> argparse.Namespace:
 
     parser.set_defaults(**defaults, default_batch_size=defaults["batch_size"])
     args = parser.parse_args()
-    for name in (
-        "batch_size",
-        "accumulation_steps",
-        "epochs",
-        "log_interval",
-        "save_interval",
-        "max_seq_len",
-        "keep_checkpoints",
-    ):
-        if getattr(args, name) not in (None, "auto") and getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: it has to be at least 1")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value not in (None, "auto") and value < least:
+            parser.error(f"--{name} is {value}: it has to be at least {least}")
     return args
+
+
+def size_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)

@@ -132,7 +132,7 @@ def draw_curve(path: Path, train_points: list[tuple[int, float]], val_points: li
         axes.plot(*zip(*val_points), "o-", color="tab:orange", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a label token)", title=path.stem)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     figure.savefig(path)
 
 

@@ -4,6 +4,8 @@ import errno
 import itertools
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,9 +40,9 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     optimizer = torch.optim.AdamW(learned, lr=args.learning_rate, fused=runtime.device.type in ("cpu", "cuda"))
     checkpoints = Checkpoints(model, optimizer, batches, args, runtime)
     progress = checkpoints.resume()
-    total_steps = count_steps(progress, batches, args)
+    first_step, total_steps = progress.step, count_steps(progress, batches, args)
     total_samples = min(
-        args.epochs * len(train_data), batches.samples_done + (total_steps - progress.step) * batches.step_size
+        args.epochs * len(train_data), batches.samples_done + (total_steps - first_step) * batches.step_size
     )
     describe_run(args, train_data, learned, total_steps, runtime)
     cache = open_cache(args, model, train_data.processor.image_processor, train_data.n_images, runtime)
@@ -63,7 +65,7 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     model.train()
     with failures_explained(args, checkpoints, log):
         steps = optimizer_steps(loader, batches, args, meter)
-        for micro_batches in itertools.islice(steps, total_steps - progress.step):
+        for micro_batches in itertools.islice(steps, total_steps - first_step):
             torch.manual_seed(args.seed + runtime.rank + runtime.world_size * progress.step)  # for dropout
             rate = learning_rate(batches.samples_done, total_samples, args.learning_rate)
             for group in optimizer.param_groups:
@@ -83,16 +85,24 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             is_end = progress.step == total_steps
             is_log_due = is_end or progress.step % args.log_interval == 0
             is_save_due = is_end or (args.save_interval and progress.step % args.save_interval == 0)
-            is_validation_due = val_data is not None and (is_end or batches.steps_left == 0)
+            is_validation_due = val_data is not None and (
+                is_end or batches.steps_left == 0 or (args.val_interval and progress.step % args.val_interval == 0)
+            )
             if not (is_log_due or is_save_due or is_validation_due or runtime.reads_every_step(progress.step)):
                 continue  # a GPU is not kept waiting
             loss, grad_norm = losses.read()
             log.show_loss(loss)
-            stop_requested = runtime.any_rank(bool(runtime.stop.received))
+            stop_requested = runtime.any_rank(runtime.stop.is_requested)
             if is_log_due:
+                rates = meter.rates(runtime)
+                if not meter.n_learned:
+                    raise UserError(
+                        f"no row of the first {progress.step} steps could be used ({list_reasons(meter.skipped)}): "
+                        "python -m dataset.preview shows what is wrong with them"
+                    )
                 log.train(
                     progress.step, epoch=batches.epoch + 1, loss=loss, grad_norm=grad_norm, learning_rate=rate,
-                    **meter.rates(runtime),
+                    **rates,
                 )  # fmt: skip
             if is_validation_due and not stop_requested:
                 validate(model, images, val_data, progress, checkpoints, log, args, runtime)
@@ -114,7 +124,12 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             dtype=dtype,
             peak_memory_bytes=runtime.peak_memory(),
         )
-    report_end(checkpoints, progress, total_steps, meter, runtime)
+    report_end(checkpoints, progress, first_step, total_steps, meter, runtime)
+    if progress.step < total_steps:
+        runtime.close()
+        sys.exit(
+            128 + runtime.stop.number
+        )  # what a shell calls the end by that signal: nothing goes on as if all were done
 
 
 def count_steps(progress: Progress, batches: StepBatches, args) -> int:
@@ -239,12 +254,16 @@ def failures_explained(args, checkpoints: Checkpoints, log: RunLog):
         log.close()
 
 
-def report_end(checkpoints: Checkpoints, progress: Progress, total_steps: int, meter: Meter, runtime: Runtime) -> None:
+def report_end(
+    checkpoints: Checkpoints, progress: Progress, first_step: int, total_steps: int, meter: Meter, runtime: Runtime
+) -> None:
     if meter.skipped:
         runtime.say(f"skipped while training: {list_reasons(meter.skipped)}")
-    if progress.step < total_steps:
+    if first_step == total_steps:
+        runtime.say(f"nothing is left to do: all {total_steps} steps were done before")
+    elif progress.step < total_steps:
         runtime.say(
-            f"stopped by {runtime.stop.received or 'another rank'} after step {progress.step} of {total_steps}; "
+            f"stopped by {signal.Signals(runtime.stop.number).name} after step {progress.step} of {total_steps}; "
             "the same command with --resume goes on"
         )
     out = checkpoints.weights

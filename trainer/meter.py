@@ -23,6 +23,7 @@ class Meter:
 
     def __init__(self, runtime: Runtime, time_split: bool = False):
         self.skipped: Counter[str] = Counter()
+        self.n_learned = 0  # label tokens so far, on all ranks
         self.cuda = runtime.device if runtime.device.type == "cuda" else None
         self.times_parts = self.cuda is None or time_split
         self._restart()
@@ -60,6 +61,7 @@ class Meter:
         """Means over all ranks since the last call."""
         seconds = time.perf_counter() - self.since
         images, labels, tokens, padding = runtime.sum_over_ranks(self.images, self.labels, self.tokens, self.padding)
+        self.n_learned += labels
         rates = {
             "images_per_second": images / seconds,
             "label_tokens_per_second": labels / seconds,

@@ -24,14 +24,15 @@ GPU_STEPS_UNREAD = 16  # steps that a GPU may be ahead of the host
 class StopSignal:
     """Turns Ctrl-C and SIGTERM into a question asked after each step; a second Ctrl-C stops at once."""
 
-    received: str = ""
+    number: int = signal.SIGTERM  # the last that came, or another rank's
+    is_requested: bool = False
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
+        self.number, self.is_requested = number, True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
