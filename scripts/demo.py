@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset.scene_set import FILES, write_scene_set
-from dataset.scene_text import QUESTION_TYPES
+from dataset.scene_text import PAIR_TYPES, QUESTION_TYPES
 from model.errors import run_command
 
 STAND_INS = ROOT / "model" / "demo"
