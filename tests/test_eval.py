@@ -4,10 +4,20 @@ import json
 import os
 import time
 import urllib.request
+import zipfile
 
 import pytest
 import torch
-from conftest import TOKENIZER, free_port, picture, run_script, small_image_processor, small_model, start_script
+from conftest import (
+    TOKENIZER,
+    free_port,
+    picture,
+    run_script,
+    small_image_processor,
+    small_model,
+    start_script,
+    write_rows,
+)
 
 from model.chat import Chat
 from model.checkpoint import save_atomically, weights_to_save
@@ -115,6 +125,33 @@ def test_loss_and_accuracy_of_a_file(setup, rows_dir):
     assert report["questions"] == 24 and 0 <= report["accuracy"]["overall"] <= 1 and report["loss"] > 1
     blind = run_script("eval_vlm.py", *flags, *data, "--show_images", "none")
     assert blind.returncode == 0 and "exact answers, overall" in blind.stdout
+
+
+def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
+    folder, flags = setup
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes((folder / f"pictures/{name}").read_bytes())
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for name in ("a.png", "b.png", "cut.png"):
+            archive.write(tmp_path / name, name)
+    damaged = (tmp_path / "pictures.zip").read_bytes().replace((tmp_path / "b.png").read_bytes()[-40:-20], bytes(20))
+    (tmp_path / "pictures.zip").write_bytes(damaged)
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
+    write_rows(
+        tmp_path / "rows.jsonl", [{"image": name, "conversations": turns} for name in ("a.png", "b.png", "cut.png")]
+    )
+    data = [
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--images_path",
+        tmp_path / "pictures.zip",
+        "--save_report",
+        tmp_path / "r.json",
+    ]
+    finished = run_script("eval_vlm.py", *flags, *data)
+    assert finished.returncode == 0 and "not asked: 2 image damaged" in finished.stdout, finished.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["questions"] == 1 and "loss:" in finished.stdout
 
 
 def test_exact_answers_look_at_words_only():

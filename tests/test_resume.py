@@ -148,11 +148,12 @@ def test_a_dead_worker_is_named_and_nothing_is_lost(flags, undisturbed, tmp_path
 
 def test_resume_says_what_does_not_fit(flags, undisturbed, tmp_path):
     missing = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
-    assert missing.returncode == 2 and "error: --resume finds no checkpoint in" in missing.stdout
+    assert missing.returncode == 2 and "error: --resume finds no whole checkpoint in" in missing.stdout
     other = run_script("train_sft_vlm.py", *flags, "--out_dir", undisturbed, "--resume", "--seed", "3")
     assert other.returncode == 2 and "is of a run with seed 1337, now it is 3" in other.stdout
     done = run_script("train_sft_vlm.py", *flags, "--out_dir", undisturbed, "--resume")
     assert done.returncode == 0 and "12 steps and 96 samples are done" in done.stdout
+    assert "nothing is left to do: all 12 steps were done before" in done.stdout
 
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(lambda values: np.array(values, dtype=np.int32))

@@ -204,7 +204,7 @@ def test_an_interrupted_run_saves_and_says_where(flags, tmp_path, number):
         time.sleep(0.1)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
+    assert process.returncode == 128 + number, printed
     assert f"stopped by {number.name} after step" in printed and f"weights: {tmp_path}/sft_vlm_64.pth" in printed
     assert read_weights(tmp_path / "sft_vlm_64.pth") and (tmp_path / "sft_vlm_64.png").is_file()
 
@@ -232,10 +232,24 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
     )
 
 
+def test_validation_comes_as_often_as_asked(flags, rows_dir, tmp_path):
+    finished = run_script(
+        "train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--val_data", rows_dir / "rows.jsonl", "--val_interval", "2"
+    )
+    assert finished.returncode == 0, finished.stdout
+    lines = map(json.loads, (tmp_path / "sft_vlm_64.log.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if line["event"] == "validation"] == [2, 3, 4, 6], (
+        "two epochs of three steps"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--init_weights", "nowhere.pth"], "error: no weights at nowhere.pth: train them first, or fetch them"),
+        (
+            ["--init_weights", "nowhere.pth"],
+            "error: no weights at nowhere.pth: train them first, or fetch the published",
+        ),
         (["--vision_model", "nowhere"], "error: no CLIP in nowhere: fetch it with"),
         (["--data_path", "nowhere.jsonl"], "error: no data at nowhere.jsonl: fetch"),
         (["--tokenizer", "nowhere"], "error: no tokenizer in nowhere: fetch it"),
@@ -244,6 +258,11 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
         (["--ddp"], "error: --ddp needs torchrun"),
         (["--dim", "130"], "error: dim 130 does not split into 4 heads"),
         (["--batch_size", "0"], "--batch_size is 0: it has to be at least 1"),
+        (["--max_steps", "0"], "--max_steps is 0: it has to be at least 1"),
+        (
+            ["--max_seq_len", "5"],
+            "error: no row of the first 3 steps could be used (24 no answer within max_length): python -m",
+        ),
     ],
 )
 def test_mistakes_cost_one_line(flags, tmp_path, changes, message):
