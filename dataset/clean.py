@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -73,6 +74,11 @@ def parse_args() -> tuple[Settings, int]:
         help="keep pictures that are copies, or nearly, of one of another name",
     )
     group.add_argument(
+        "--keep_repeats",
+        action="store_true",
+        help="keep rows whose whole text an earlier row has (short answers often repeat)",
+    )
+    group.add_argument(
         "--max_repeats",
         type=int,
         default=Settings.max_repeats,
@@ -101,7 +107,7 @@ def parse_args() -> tuple[Settings, int]:
     limits = Limits(args.min_answer, args.max_answer, args.min_side, args.max_aspect, tuple(args.languages))
     settings = Settings(
         args.data, args.images, args.out, args.format, args.size, limits,
-        args.keep_duplicates, args.max_repeats, args.val_share, args.seed,
+        args.keep_duplicates, args.keep_repeats, args.max_repeats, args.val_share, args.seed,
     )  # fmt: skip
     return settings, args.processes
 
@@ -114,7 +120,7 @@ def main() -> None:
     if not len(keys):
         raise UserError(f"{settings.data} has no rows")
     np.save(settings.work / "keys.npy", keys)
-    with ProcessPoolExecutor(n_processes) as pool:
+    with ProcessPoolExecutor(n_processes, initializer=leave_interrupts_to_main) as pool:
         n_chunks = run_chunks(pool, settings, "rows", examine_rows, len(keys), ROWS_A_CHUNK)
         rows = read_chunks(settings.work, "rows", ROW_ARRAYS)
         pictures = list_pictures(rows)
@@ -127,6 +133,10 @@ def main() -> None:
     report.write(summary)
     shutil.rmtree(settings.work)
     print_summary(settings, summary)
+
+
+def leave_interrupts_to_main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepare_folder(settings: Settings) -> None:

@@ -72,7 +72,8 @@ class Decision:
             self._reject_bad_pictures()
             if not settings.keep_duplicates:
                 self._reject_duplicates()
-        self._reject_repeated_texts()
+        if not settings.keep_repeats:
+            self._reject_repeated_texts()
         self._reject_boilerplate()
         self._split()
 

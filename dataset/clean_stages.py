@@ -34,6 +34,7 @@ class Settings:
     size: int = 128  # pixels a side; 0: as they are
     limits: Limits = field(default_factory=Limits)
     keep_duplicates: bool = False
+    keep_repeats: bool = False
     max_repeats: int = 100
     val_share: float = 0.01
     seed: int = 0

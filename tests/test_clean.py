@@ -133,6 +133,18 @@ def test_stopped_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, tmp_pa
     assert finished.returncode == 2 and "is not empty: choose a new folder" in finished.stdout
 
 
+def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
+    command = ("-m", "dataset.clean", raw / "raw.jsonl", tmp_path / "clean", "--images", raw / "images")
+    process = start_script(*command, "--processes", "2", "--keep_repeats", "--keep_duplicates", start_new_session=True)
+    while process.poll() is None and not (tmp_path / "clean/.work/keys.npy").is_file():
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate()
+    assert process.returncode == 130 and printed.endswith("stopped\n") and "Traceback" not in printed, printed
+    printed = clean(raw, tmp_path / "all", "--keep_repeats", "--keep_duplicates")
+    assert "text is repeated" not in printed and "copy" not in printed and "image damaged" in printed
+
+
 def test_parquet_in_and_out(tmp_path, processor):
     rows = []
     for index in range(20):

@@ -135,8 +135,9 @@ def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for name in ("a.png", "b.png", "cut.png"):
             archive.write(tmp_path / name, name)
-    damaged = (tmp_path / "pictures.zip").read_bytes().replace((tmp_path / "b.png").read_bytes()[-40:-20], bytes(20))
-    (tmp_path / "pictures.zip").write_bytes(damaged)
+    whole = (tmp_path / "b.png").read_bytes()
+    broken = whole[:50] + bytes(10) + whole[60:]
+    (tmp_path / "pictures.zip").write_bytes((tmp_path / "pictures.zip").read_bytes().replace(whole, broken))
     turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
     write_rows(
         tmp_path / "rows.jsonl", [{"image": name, "conversations": turns} for name in ("a.png", "b.png", "cut.png")]

@@ -261,7 +261,7 @@ def test_validation_comes_as_often_as_asked(flags, rows_dir, tmp_path):
         (["--max_steps", "0"], "--max_steps is 0: it has to be at least 1"),
         (
             ["--max_seq_len", "5"],
-            "error: no row of the first 3 steps could be used (24 no answer within max_length): python -m",
+            "error: no row of all 6 steps could be used (48 no answer within max_length): python -m",
         ),
     ],
 )

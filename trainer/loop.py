@@ -95,9 +95,9 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             stop_requested = runtime.any_rank(runtime.stop.is_requested)
             if is_log_due:
                 rates = meter.rates(runtime)
-                if not meter.n_learned:
+                if is_end and not meter.n_learned:
                     raise UserError(
-                        f"no row of the first {progress.step} steps could be used ({list_reasons(meter.skipped)}): "
+                        f"no row of all {progress.step - first_step} steps could be used ({list_reasons(meter.skipped)}): "
                         "python -m dataset.preview shows what is wrong with them"
                     )
                 log.train(
