@@ -8,9 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores it, and so would its children
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -25,6 +22,8 @@ from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
 
+# A shell's background job ignores Ctrl-C, and so would the scripts that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 TOKENIZER = ROOT / "model/demo/tokenizer"
