@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -92,6 +93,20 @@ def test_a_damaged_checkpoint_is_passed_over(flags, undisturbed, tmp_path):
     assert "step-00000004.pth, 4 steps and 32 samples are done" in finished.stdout
     done = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--max_steps", "5", "--resume")
     assert "5 steps and 40 samples are done" in done.stdout and len(read_log(tmp_path, "train")) == 5
+    for checkpoint in newest.parent.iterdir():
+        checkpoint.write_bytes(b"torn")
+    finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume", "auto")
+    assert finished.returncode == 2 and "is whole: leave out --resume to start anew" in finished.stdout
+
+
+def test_a_resumed_run_needs_no_starting_weights(flags, undisturbed, tmp_path):
+    start = tmp_path / "start.pth"
+    shutil.copy(undisturbed / f"{NAME}.pth", start)
+    command = ["train_sft_vlm.py", *flags, "--init_weights", str(start), "--out_dir", str(tmp_path)]
+    assert run_script(*command, "--max_steps", "2").returncode == 0
+    start.unlink()
+    finished = run_script(*command, "--max_steps", "3", "--resume")
+    assert finished.returncode == 0 and "2 steps and 16 samples are done" in finished.stdout, finished.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -148,7 +163,7 @@ def test_a_dead_worker_is_named_and_nothing_is_lost(flags, undisturbed, tmp_path
 
 def test_resume_says_what_does_not_fit(flags, undisturbed, tmp_path):
     missing = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
-    assert missing.returncode == 2 and "error: --resume finds no whole checkpoint in" in missing.stdout
+    assert missing.returncode == 2 and "error: --resume finds no checkpoint in" in missing.stdout
     other = run_script("train_sft_vlm.py", *flags, "--out_dir", undisturbed, "--resume", "--seed", "3")
     assert other.returncode == 2 and "is of a run with seed 1337, now it is 3" in other.stdout
     done = run_script("train_sft_vlm.py", *flags, "--out_dir", undisturbed, "--resume")

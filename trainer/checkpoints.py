@@ -79,7 +79,7 @@ class Checkpoints:
         state, found = self.runtime.from_main(self._read_newest)
         if state is None:
             if self.args.resume == "yes":
-                raise UserError(f"--resume finds no whole checkpoint in {self.folder}: leave it out to start anew")
+                raise UserError(f"--resume finds no checkpoint in {self.folder}: leave it out to start anew")
             if found and not self.args.resume:
                 self.runtime.say(
                     f"{self.folder} holds an earlier run, which --resume would go on with; starting anew in its place"
@@ -102,9 +102,10 @@ class Checkpoints:
         return progress
 
     def _read_newest(self) -> tuple[dict | None, list[Path]]:
-        """(state, checkpoints up to the one it is of); a damaged one is passed over for the one before."""
-        found = sorted(path for path in self.folder.glob("step-*.pth") if re.fullmatch(r"step-\d+\.pth", path.name))
-        if not self.args.resume:
+        """(state, checkpoints up to the one it is of); a damaged one is passed over for the one before. UserError where all are
+        damaged: a run is not silently done again from its start."""
+        found = list_checkpoints(self.args)
+        if not self.args.resume or not found:
             return None, found
         while found:
             try:
@@ -112,4 +113,10 @@ class Checkpoints:
             except UserError as error:
                 self.runtime.say(f"passed over: {error}")
                 found.pop()
-        return None, found
+        raise UserError(f"no checkpoint in {self.folder} is whole: leave out --resume to start anew")
+
+
+def list_checkpoints(args) -> list[Path]:
+    """The checkpoints of the run that the flags describe, oldest first."""
+    folder = weights_path(args.out_dir, args.save_name, args.dim).with_suffix(".resume")
+    return sorted(path for path in folder.glob("step-*.pth") if re.fullmatch(r"step-\d+\.pth", path.name))

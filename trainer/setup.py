@@ -13,6 +13,7 @@ from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
 from model.vision import load_vision_encoder
+from trainer.checkpoints import list_checkpoints
 from trainer.runtime import Runtime
 
 
@@ -25,7 +26,9 @@ def build_model(args, runtime: Runtime) -> tuple[MiniMindVLM, VLMProcessor]:
     tower, image_processor = load_vision_encoder(args.vision_model)
     config = VLMConfig.for_tower(tower.config, dim=args.dim, n_layers=args.n_layers, vocab_size=len(tokenizer))
     model = MiniMindVLM(config, tower)
-    if args.init_weights == "none":
+    if args.resume and list_checkpoints(args):
+        runtime.say("weights: of the checkpoint")  # those the run once started from may be gone by now
+    elif args.init_weights == "none":
         runtime.say("weights: random")
     else:
         path = Path(args.init_weights or weights_path(args.out_dir, args.init_name, args.dim))
