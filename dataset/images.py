@@ -67,6 +67,7 @@ class ImageZip:
                 keep(self.entries, {}, path, "entries")
         else:
             self.entries, _ = found
+        self.names = np.ascontiguousarray(self.entries["name"])  # a search in a field would copy it each time
 
     def __reduce__(self) -> tuple:  # another process opens the archive itself
         return ImageZip, (self.path,)
@@ -85,8 +86,8 @@ class ImageZip:
 
     def _entry(self, name: str, required: bool = True) -> np.void | None:
         key = hash_name(name.encode())
-        at = int(np.searchsorted(self.entries["name"], key))
-        if at < len(self.entries) and self.entries["name"][at] == key:
+        at = int(np.searchsorted(self.names, key))
+        if at < len(self.names) and self.names[at] == key:
             return self.entries[at]
         if required:
             raise BadSampleError("image missing", f"{name} in {self.path}")

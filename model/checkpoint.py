@@ -1,14 +1,12 @@
 """Weights on disk: published names, atomic writes, and loads that never guess."""
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.errors import MissingFileError, UserError
@@ -96,7 +94,9 @@ def read_checkpoint(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes of any kind are read as a pickle, which raises errors of any kind
         raise UserError(
             f"{path} is damaged or not a weights file ({type(error).__name__}): fetch or train it again"
         ) from error

@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from conftest import small_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.checkpoint import load_weights, read_weights, save_atomically, weights_to_save
 from model.errors import MissingFileError, UserError
@@ -117,3 +119,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*an older file is intact"):
         save_atomically({"a": torch.ones(2)}, tmp_path / "file" / "model.pth")
+
+
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]), st.sampled_from(["pth", "safetensors"])
+)
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, start, ending):
+    path = tmp_path_factory.mktemp("bytes") / f"lm_512.{ending}"
+    path.write_bytes(start + content)
+    with pytest.raises(UserError, match="is damaged or not a weights file|holds no state dict"):
+        read_weights(path)

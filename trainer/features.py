@@ -87,7 +87,7 @@ class FeatureCache:
         self._written[digest] = (Path(features.name), slot, checksum)
 
     def _load_index(self) -> None:
-        """Read the records of all writers, sorted by digest: 24 bytes an image in memory."""
+        """Read the records of all writers, sorted by digest: 36 bytes an image in memory."""
         self._loaded_at = time.monotonic()
         self._shards = sorted(self.folder.glob("*.features"))
         own = self._files[0].name if self._files else None
@@ -103,11 +103,12 @@ class FeatureCache:
         self._index, self._places = np.concatenate(records), np.concatenate(places)
         order = np.argsort(self._index["head"], kind="stable")
         self._index, self._places = self._index[order], self._places[order]
+        self._heads = np.ascontiguousarray(self._index["head"])  # a search in a field would copy it each time
 
     def _look_up(self, digest: bytes) -> tuple[Path, int, int] | None:
         head, tail = np.frombuffer(digest, "<u8")
-        at = np.searchsorted(self._index["head"], head)
-        while at < len(self._index) and self._index["head"][at] == head:
+        at = np.searchsorted(self._heads, head)
+        while at < len(self._heads) and self._heads[at] == head:
             if self._index["tail"][at] == tail:
                 number, slot = self._places[at]
                 return self._shards[number], int(slot), int(self._index["checksum"][at])
