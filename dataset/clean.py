@@ -114,6 +114,16 @@ def parse_args() -> tuple[Settings, int]:
 
 def main() -> None:
     settings, n_processes = parse_args()
+    try:
+        clean(settings, n_processes)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{error}: free some space or look at that file; the same command goes on from here") from error
+
+
+def clean(settings: Settings, n_processes: int) -> None:
+    """Examine rows, then pictures, in chunks; decide; write. UserError where the input or the output folder is not fit for it."""
     source = open_source(settings.data, settings.images)
     prepare_folder(settings)
     keys = source.keys()

@@ -47,9 +47,14 @@ class ImageFolder:
     def find(self, name: str, listed: set[str] | None = None) -> Path:
         """The file of that name; BadSampleError for a name that leaves the folder or, with the names `listed`, is not there."""
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path):
+        try:
+            is_inside = path.resolve().is_relative_to(self.path)
+            is_there = listed is None or name in listed or path.is_file()
+        except (OSError, ValueError) as error:  # longer than a file's name can be, or with a zero byte
+            raise BadSampleError("image is no name", repr(name)[:200]) from error
+        if not is_inside:
             raise BadSampleError("image path leaves its folder", name)
-        if listed is not None and name not in listed and not path.is_file():
+        if not is_there:
             raise BadSampleError("image missing", name)
         return path
 

@@ -120,6 +120,18 @@ def test_a_hostile_or_damaged_archive(tmp_path, monkeypatch):
             ImageZip(tmp_path / name)
 
 
+@given(st.one_of(st.text(max_size=40), st.text(st.sampled_from("./a\0"), max_size=600)))
+def test_any_name_is_inside_the_folder_or_a_reason(tmp_path_factory, name):
+    folder = tmp_path_factory.getbasetemp() / "pictures"
+    folder.mkdir(exist_ok=True)
+    try:
+        names = images.split_names(name)
+        found = [ImageFolder(folder).find(one, set()) for one in names]
+    except BadSampleError:
+        return
+    assert all(path.resolve().is_relative_to(folder) and path.is_file() for path in found)
+
+
 def test_rows_with_a_packed_folder_train(tmp_path, processor):
     """`--images dataset/pretrain_images` finds dataset/pretrain_images.zip where the folder is missing."""
     write_zip(tmp_path / "images.zip", {"images/a.jpg": as_bytes(1), "images/b.jpg": as_bytes(2)[:300]})
