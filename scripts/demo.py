@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a small model that sees, through the scripts a user of the real data runs.
 
-    python scripts/demo.py                        # about 8 minutes on 2 CPU cores; everything goes to out/demo/
+    python scripts/demo.py                        # 10 to 15 minutes on 2 CPU cores; everything goes to out/demo/
 
 Renders the scene set, then base language model -> pretraining -> SFT -> evaluation with the right image, a wrong one and none.
 """
