@@ -10,12 +10,15 @@ each row that was left out, and report.html to read. A cleaning that was stopped
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +37,7 @@ from dataset.clean_stages import (
     write_whole,
 )
 from dataset.clean_write import write_set
+from dataset.images import ImageFolder
 from model.errors import UserError, run_command
 
 ROW_ARRAYS = ("n_images", "ids", "caption", "n_answers", "answers", "length", "is_rejected")
@@ -76,7 +80,7 @@ def parse_args() -> tuple[Settings, int]:
     group.add_argument(
         "--keep_repeats",
         action="store_true",
-        help="keep rows whose whole text an earlier row has (short answers often repeat)",
+        help="keep rows whose answers an earlier row has word for word (short ones often repeat)",
     )
     group.add_argument(
         "--max_repeats",
@@ -104,6 +108,9 @@ def parse_args() -> tuple[Settings, int]:
     ):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} is {getattr(args, name)}: it has to be from {low} to {high}")
+    for code in args.languages:
+        if not re.fullmatch("[a-z]{2,3}", code):
+            parser.error(f"--languages {code}: give codes of two or three small letters, such as en zh")
     limits = Limits(args.min_answer, args.max_answer, args.min_side, args.max_aspect, tuple(args.languages))
     settings = Settings(
         args.data, args.images, args.out, args.format, args.size, limits,
@@ -125,12 +132,16 @@ def main() -> None:
 def clean(settings: Settings, n_processes: int) -> None:
     """Examine rows, then pictures, in chunks; decide; write. UserError where the input or the output folder is not fit for it."""
     source = open_source(settings.data, settings.images)
+    images = getattr(source, "image_source", None)
+    if isinstance(images, ImageFolder) and not images.path.is_dir():
+        raise UserError(f"no image folder {settings.images}, nor a .zip of that name: correct --images")
     prepare_folder(settings)
     keys = source.keys()
     if not len(keys):
         raise UserError(f"{settings.data} has no rows")
     np.save(settings.work / "keys.npy", keys)
-    with ProcessPoolExecutor(n_processes, initializer=leave_interrupts_to_main) as pool:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ProcessPoolExecutor(n_processes, initializer=follow, initargs=(os.getpid(),)) as pool:
         n_chunks = run_chunks(pool, settings, "rows", examine_rows, len(keys), ROWS_A_CHUNK)
         rows = read_chunks(settings.work, "rows", ROW_ARRAYS)
         pictures = list_pictures(rows)
@@ -143,10 +154,21 @@ def clean(settings: Settings, n_processes: int) -> None:
     report.write(summary)
     shutil.rmtree(settings.work)
     print_summary(settings, summary)
+    if not counts["train"]:
+        raise UserError(f"no row is left to train on: the report says why; remove {settings.out} before another try")
 
 
-def leave_interrupts_to_main() -> None:
+def follow(main_process: int) -> None:
+    """In a worker: leave Ctrl-C to the main process, and end with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == main_process:
+            time.sleep(0.5)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def prepare_folder(settings: Settings) -> None:
@@ -205,7 +227,8 @@ def print_summary(settings: Settings, summary: dict) -> None:
     else:
         train, val, images = out / "train.jsonl", out / "val.jsonl", f" --images {out / 'images'}"
     validation = f" --val_data {val}" if rows["val"] else ""
-    print(f"next: python train_sft_vlm.py --data {train}{images}{validation}")
+    if rows["train"]:
+        print(f"next: python train_sft_vlm.py --data {train}{images}{validation}")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def write_set(settings: Settings, decision: Decision, n_chunks: int, watch) -> d
         counts[part] += 1
     writer.close()
     rejects.close()
+    if not counts["val"]:
+        (out / "val.jsonl").unlink(missing_ok=True)
     return counts
 
 

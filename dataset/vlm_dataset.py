@@ -40,7 +40,7 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> JsonLine
     if not path.is_file():
         raise MissingFileError(
             f"no data at {data_path}: fetch the published sets with `python scripts/download.py pretrain-data sft-data`, "
-            "or pass --data"
+            "or name another file"
         )
     return ParquetRows(path) if path.suffix == ".parquet" else JsonLinesRows(path, open_images(images_path))
 

@@ -153,7 +153,10 @@ def check_items(names: list[str], root: Path, every: bool) -> None:
         raise UserError("; ".join(wrong))
     if missing and not every:
         raise UserError(f"not there: {', '.join(missing)}: fetch with `python scripts/download.py {' '.join(missing)}`")
-    print(f"next: {next_command([name for name in names if name not in missing] or names, root)}")
+    command = next_command([name for name in names if name not in missing] or names, root)
+    if "download.py" in command and root.resolve() != ROOT.resolve():
+        command += f" --root {root}"
+    print(f"next: {command}")
 
 
 def main() -> None:

@@ -133,6 +133,14 @@ def test_stopped_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, tmp_pa
     assert finished.returncode == 2 and "is not empty: choose a new folder" in finished.stdout
 
 
+def test_no_process_outlives_a_killed_cleaning(raw, tmp_path):
+    process = start_script("-m", "dataset.clean", raw / "raw.jsonl", tmp_path / "clean", "--images", raw / "images")
+    while process.poll() is None and not (tmp_path / "clean/.work/rows-000000.npz").is_file():
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(timeout=20)  # the workers hold its standard output open while they live
+
+
 def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
     command = ("-m", "dataset.clean", raw / "raw.jsonl", tmp_path / "clean", "--images", raw / "images")
     process = start_script(*command, "--processes", "2", "--keep_repeats", "--keep_duplicates", start_new_session=True)
