@@ -195,7 +195,7 @@ def test_a_file_of_ones_own_is_not_lost(hub, download, tmp_path):
     assert (tmp_path / "root/out/sft_vlm_512.pth").read_bytes() == b"own" and hub.requests == []
     finished = download("pretrain-data", "--overwrite")
     assert finished.returncode == 0 and "ready: pretrain-data: 30 rows, 30 images\n" in finished.stdout, finished.stdout
-    assert "next: python scripts/download.py clip tokenizer lm-512\n" in finished.stdout
+    assert f"next: python scripts/download.py clip tokenizer lm-512 --root {tmp_path / 'root'}\n" in finished.stdout
 
 
 def test_another_repository_and_names_that_do_not_exist(hub, download, tmp_path):
@@ -223,7 +223,9 @@ def test_check_lists_what_is_missing(download, tmp_path):
     clip = "config.json + preprocessor_config.json + model.safetensors or pytorch_model.bin"
     assert f"missing: clip: {clip} in {CLIP_FOLDER}/\n" in finished.stdout
     assert "missing: sft-data: sft_vlm_data.jsonl + sft_images.zip or sft_i2t.parquet in dataset/\n" in finished.stdout
-    assert finished.stdout.endswith("next: python scripts/download.py clip tokenizer lm-512\n")
+    assert finished.stdout.endswith(
+        f"next: python scripts/download.py clip tokenizer lm-512 --root {tmp_path / 'root'}\n"
+    )
     finished = download("--check", "lm-768")
     assert finished.returncode == 2 and finished.stdout.endswith("fetch with `python scripts/download.py lm-768`\n")
 
