@@ -30,14 +30,21 @@ class Pictures:
 
 
 def read_chunks(work: Path, kind: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays `names` of all chunks, joined."""
-    chunks = [np.load(path) for path in sorted(work.glob(f"{kind}-*.npz")) if "partial" not in path.name]
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names} if chunks else {}
+    """The arrays `names` of all chunks, joined. One file is open at a time: there may be thousands."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for path in sorted(work.glob(f"{kind}-*.npz")):
+        with np.load(path) as chunk:
+            for name in names:
+                parts[name].append(chunk[name])
+    return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
 
 
 def count_repairs(work: Path) -> Counter[str]:
-    chunks = (np.load(path) for path in sorted(work.glob("rows-*.npz")) if "partial" not in path.name)
-    return sum((Counter(json.loads(str(chunk["repairs"]))) for chunk in chunks), Counter())
+    counts: Counter[str] = Counter()
+    for path in sorted(work.glob("rows-*.npz")):
+        with np.load(path) as chunk:
+            counts.update(json.loads(str(chunk["repairs"])))
+    return counts
 
 
 def list_pictures(rows: dict[str, np.ndarray]) -> Pictures:

@@ -1,6 +1,5 @@
 """One picture: decoded for real, measured, given a fingerprint, and made as small as training needs it."""
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.clean_rows import Limits
-from dataset.images import MAX_IMAGE_BYTES
+from dataset.images import MAX_IMAGE_BYTES, hash_bytes
 from model.errors import BadSampleError
 from model.processing import load_image
 
@@ -77,8 +76,3 @@ def shrink(image: Image.Image, encoded: bytes, size: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
-
-
-def hash_bytes(content: bytes) -> int:
-    """64 bits that stand for some bytes."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -5,7 +5,6 @@ goes on with the chunks that are missing.
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -13,9 +12,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dataset.clean_images import THUMBNAIL, Examined, examine_image, hash_bytes
+from dataset.clean_images import THUMBNAIL, Examined, examine_image
 from dataset.clean_rows import Limits, check_answers, repair_conversation
-from dataset.images import split_names
+from dataset.images import hash_bytes, split_names
+from dataset.kept import replacing
 from dataset.readers import JsonLinesRows, ParquetRows
 from dataset.vlm_dataset import open_rows
 from model.errors import BadSampleError
@@ -60,16 +60,14 @@ def chunk_path(work: Path, kind: str, chunk: int, ending: str) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def save_arrays(path: Path, **arrays) -> None:
     """An .npz that appears whole; the last file of a chunk, it says that the chunk is done."""
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def examine_rows(settings: Settings, chunk: int) -> int:

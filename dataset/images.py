@@ -90,7 +90,7 @@ class ImageZip:
         return self._entry(name, required=False) is not None
 
     def _entry(self, name: str, required: bool = True) -> np.void | None:
-        key = hash_name(name.encode())
+        key = np.uint64(hash_bytes(name.encode()))
         at = int(np.searchsorted(self.names, key))
         if at < len(self.names) and self.names[at] == key:
             return self.entries[at]
@@ -110,8 +110,9 @@ def open_images(path: str | Path | None) -> ImageFolder | ImageZip | None:
     return ImageFolder(path)
 
 
-def hash_name(name: bytes) -> np.uint64:
-    return np.frombuffer(hashlib.blake2b(name, digest_size=8).digest(), "<u8")[0]
+def hash_bytes(content: bytes) -> int:
+    """64 bits that stand for some bytes."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def list_entries(path: Path) -> np.ndarray:
@@ -125,7 +126,7 @@ def list_entries(path: Path) -> np.ndarray:
         raise UserError(f"{path} is no whole .zip ({error}): fetch it again") from error
     folders = {name.split(b"/", 1)[0] for name, _ in found if b"/" in name}
     shared = folders.pop() + b"/" if len(folders) == 1 and all(b"/" in name for name, _ in found) else b""
-    entries = np.array([(hash_name(name[len(shared) :]), *fields) for name, fields in found], ENTRY)
+    entries = np.array([(hash_bytes(name[len(shared) :]), *fields) for name, fields in found], ENTRY)
     return np.sort(entries, order="name")
 
 

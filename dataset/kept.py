@@ -2,11 +2,26 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 FORMAT = 2  # of what is kept; another number makes old ones be made anew
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` once it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def kept_files(source: Path, kind: str) -> tuple[Path, Path]:
@@ -36,14 +51,11 @@ def keep(array: np.ndarray, summary: dict, source: Path, kind: str, **settings) 
     """Write `array` and `summary` (JSON) beside `source`; nothing happens where its folder cannot be written."""
     array_path, summary_path = kept_files(source, kind)
     kept = {"stamp": stamp(source, **settings), "rows": len(array), "summary": summary}
-    partial = array_path.with_name(f"{array_path.name}.{os.getpid()}.partial")
     try:
         summary_path.unlink(missing_ok=True)  # no summary of another array, whenever the process stops
-        with open(partial, "wb") as file:
+        with replacing(array_path) as file:
             np.save(file, array)
-        os.replace(partial, array_path)
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(kept, file)
-        os.replace(partial, summary_path)
+        with replacing(summary_path) as file:
+            file.write(json.dumps(kept).encode())
     except OSError:
-        partial.unlink(missing_ok=True)
+        pass

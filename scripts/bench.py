@@ -31,10 +31,11 @@ from dataset.scene_set import write_scene_set
 from model.LMConfig import VLMConfig
 from model.vision import quiet_transformers
 from scripts.bench_clean import measure_cleaning
-from scripts.bench_decode import N_LAYERS, measure_decoding
+from scripts.bench_decode import measure_decoding
 from scripts.bench_published import LEVERS
 from scripts.bench_quality import SCRIPTS, measure_quality
 from scripts.bench_rows import measure_rows
+from scripts.download_items import LAYERS
 
 WORK = ROOT / "out" / "bench"
 STAGES = {  # what the published scripts have as defaults, and the file of the real rows
@@ -74,7 +75,7 @@ def batch_size_of(args: argparse.Namespace, stage: str) -> int:
 
 def stage_flags(args: argparse.Namespace, stage: str, dim: int) -> list[str]:
     return [
-        "--dim", str(dim), "--n_layers", str(N_LAYERS[dim]), "--batch_size", str(batch_size_of(args, stage)),
+        "--dim", str(dim), "--n_layers", str(LAYERS[dim]), "--batch_size", str(batch_size_of(args, stage)),
         "--data_path", str(WORK / stage / "rows.jsonl"), "--images_path", str(WORK / stage / "images"),
         "--vision_model", str(WORK / "vision_model"), "--tokenizer", str(args.tokenizer), "--device", args.device,
         "--max_seq_len", str(STAGES[stage]["max_seq_len"]),
@@ -146,7 +147,7 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
 def flops_of_image(row: dict, stage: str, dim: int) -> float:
     """Multiplications and additions that one image with its text needs: padding, frozen gradients and the head where nothing
     is learned are not needed, whoever computes them."""
-    config, tower = VLMConfig(dim=dim, n_layers=N_LAYERS[dim]), CLIPVisionConfig(patch_size=16)
+    config, tower = VLMConfig(dim=dim, n_layers=LAYERS[dim]), CLIPVisionConfig(patch_size=16)
     tokens = row["tokens_per_second"] * (1 - row["padding_share"]) / row["images_per_second"]
     labels = row["label_tokens_per_second"] / row["images_per_second"]
     attention = config.dim * (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim  # weights of wq, wk, wv, wo
@@ -224,7 +225,7 @@ def main() -> None:
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of ours, as the training scripts"
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="training stages")
-    parser.add_argument("--dims", nargs="+", type=int, choices=N_LAYERS, default=[512], help="512 (8 layers), 768 (16)")
+    parser.add_argument("--dims", nargs="+", type=int, choices=LAYERS, default=[512], help="512 (8 layers), 768 (16)")
     parser.add_argument(
         "--recipes",
         nargs="+",

@@ -16,6 +16,7 @@ from model.compact import compact_weights
 from model.LMConfig import VLMConfig
 from model.model_lm import apply_rope
 from model.model_vlm import MiniMindVLM
+from scripts.download_items import LAYERS
 
 PROMPT_TOKENS = 238  # the published question about one picture
 NEW_TOKENS = 128
@@ -26,7 +27,6 @@ RECIPES = {
     "ours, float16": "float16",
     "ours, int8": "int8",
 }  # -> weights
-N_LAYERS = {512: 8, 768: 16}
 
 
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ def memory_bandwidth(device: str) -> float:
 
 def build_model(dim: int, form: str) -> MiniMindVLM:
     torch.manual_seed(0)
-    model = MiniMindVLM(VLMConfig(dim=dim, n_layers=N_LAYERS[dim])).eval()
+    model = MiniMindVLM(VLMConfig(dim=dim, n_layers=LAYERS[dim])).eval()
     compact_weights(model, form)
     return model
 
@@ -132,7 +132,7 @@ def measure_decoding(args) -> list[dict]:
     print(f"memory: {bandwidth / 1e9:.1f} GB/s are read at best")
     print(f"{'recipe':16}{'dim':>5}{'tokens/s':>10}{'first token':>13}{'weights read':>14}{'of the best':>13}")
     for dim in args.dims:
-        config = VLMConfig(dim=dim, n_layers=N_LAYERS[dim])
+        config = VLMConfig(dim=dim, n_layers=LAYERS[dim])
         input_ids = torch.arange(100, 100 + PROMPT_TOKENS, device=args.device)[None]
         input_ids[:, 20 : 20 + config.n_image_tokens] = config.image_token_id
         features = torch.randn(1, config.n_image_tokens, config.vision_dim, device=args.device)

@@ -1,6 +1,8 @@
 """Parts of a cleaning: repairs of text and turns, fingerprints of pictures."""
 
 import io
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataset.clean_decide import count_repairs, read_chunks
 from dataset.clean_images import examine_image, shrink
 from dataset.clean_rows import Limits, check_answers, repair_conversation, repair_text
+from dataset.clean_stages import save_arrays
 from dataset.duplicates import MAX_DISTANCE, find_duplicates, near_hashes
 from model.errors import BadSampleError
 from model.processing import IMAGE_TAG, check_conversation, match_image_tags
@@ -128,3 +132,15 @@ def test_pictures_are_made_small_and_left_alone_where_they_are():
         assert examine_image(io.BytesIO(content), Limits(), 128).reason == reason
     assert examine_image(io.BytesIO(png.getvalue()), Limits(min_side=121), 0).reason == "image too small"
     assert examine_image(io.BytesIO(png.getvalue()), Limits(max_aspect=1.5), 0).reason == "image too narrow"
+
+
+def test_chunks_may_be_more_than_files_that_can_be_open(tmp_path):
+    for chunk in range(300):
+        save_arrays(tmp_path / f"rows-{chunk:06d}.npz", number=np.array([chunk]), repairs=np.array('{"x": 1}'))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        assert read_chunks(tmp_path, "rows", ("number",))["number"].tolist() == list(range(300))
+        assert count_repairs(tmp_path) == {"x": 300}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
