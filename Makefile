@@ -15,7 +15,7 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: setup
-	$(RUN) scripts/demo.py
+	$(RUN) -m scripts.demo
 
 test: setup
 	$(VENV)/bin/ruff check .
@@ -27,7 +27,7 @@ web:
 	$(RUN) web_demo_vlm.py $(DEMO_MODEL)
 
 bench: setup
-	$(RUN) scripts/bench.py
+	$(RUN) -m scripts.bench
 
 clean:
 	rm -rf out/demo $(VENV)

@@ -10,13 +10,19 @@ import argparse
 import json
 from pathlib import Path
 
+from common.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
+from common.files import write_text
 from dataset.mixture import open_data
-from model.chat import Chat
-from model.checkpoint import save_text
-from model.compact import count_weights
-from model.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
-from model.evaluation import IMAGE_CHOICES, accuracy, answer_questions, collect_questions, mean_loss
-from model.pretrained import add_model_flags, add_sampling_flags, load_vlm
+from inference.chat import Chat
+from inference.evaluate import (
+    IMAGE_CHOICES,
+    accuracy,
+    answer_questions,
+    collect_questions,
+    mean_loss,
+)
+from inference.load import add_model_flags, add_sampling_flags, load_vlm
+from inference.quantize import count_weights
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # The published questions, for one picture and for several.
@@ -29,20 +35,33 @@ def parse_args() -> argparse.Namespace:
     )
     group = parser.add_argument_group("what to ask")
     group.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; repeat it to ask about several"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture; repeat it to ask about several",
     )
-    group.add_argument("--prompt", help="the question (a request for a description where not given)")
     group.add_argument(
-        "--chat", action="store_true", help="type questions; /image FILE adds a picture, /new starts anew, /exit ends"
+        "--prompt", help="the question (a request for a description where not given)"
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="type questions; /image FILE adds a picture, /new starts anew, /exit ends",
     )
     group.add_argument(
         "--images_dir", help="ask about each picture of a folder (dataset/eval_images); with --model_mode 2 about each of its "
         "folders of pictures (dataset/eval_multi_images)"
     )  # fmt: skip
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--data", nargs="+", metavar="FILE", help="rows with known answers, .jsonl or .parquet")
     group.add_argument(
-        "--images_path", nargs="+", metavar="FOLDER", help="folder or .zip of the images that --data names"
+        "--data", nargs="+", metavar="FILE", help="rows with known answers, .jsonl or .parquet"
+    )
+    group.add_argument(
+        "--images_path",
+        nargs="+",
+        metavar="FOLDER",
+        help="folder or .zip of the images that --data names",
     )
     group.add_argument(
         "--show_images",
@@ -51,7 +70,9 @@ def parse_args() -> argparse.Namespace:
         help="give --data its images, those of other rows, or none",
     )
     group.add_argument("--batch_size", type=int, default=32, help="questions answered together")
-    group.add_argument("--save_report", help="write the scores and answers of --data to this JSON file")
+    group.add_argument(
+        "--save_report", help="write the scores and answers of --data to this JSON file"
+    )
     add_model_flags(parser)
     add_sampling_flags(parser)
     args = parser.parse_args()
@@ -63,7 +84,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model, processor = load_vlm(args)
-    print(f"model: {count_weights(model) / 1e6:.2f} M parameters without the vision tower, on {args.device}")
+    print(
+        f"model: {count_weights(model) / 1e6:.2f} M parameters without the vision tower, on {args.device}"
+    )
     if args.data:
         measure(args, model, processor)
     elif args.chat:
@@ -72,7 +95,12 @@ def main() -> None:
         for images in [args.image] if args.image else list_pictures(args):
             print(f"\n[{', '.join(Path(image).name for image in images)}]")
             try:
-                say_answer(Chat(model, processor), args.prompt or PROMPTS[min(len(images), 2)], images, args)
+                say_answer(
+                    Chat(model, processor),
+                    args.prompt or PROMPTS[min(len(images), 2)],
+                    images,
+                    args,
+                )
             except BadSampleError as error:
                 if args.image:  # asked for by name
                     raise
@@ -82,10 +110,16 @@ def main() -> None:
 def list_pictures(args: argparse.Namespace) -> list[list[Path]]:
     """The pictures of a folder one by one; in --model_mode 2 those of each of its folders together."""
     several = args.model_mode == 2
-    folder = Path(args.images_dir or ("dataset/eval_multi_images" if several else "dataset/eval_images"))
+    folder = Path(
+        args.images_dir or ("dataset/eval_multi_images" if several else "dataset/eval_images")
+    )
     if not folder.is_dir():
-        raise MissingFileError(f"no folder {folder}: put pictures there, or pass --image FILE or --images_dir FOLDER")
-    groups = [pictures_in(path) for path in sorted(folder.iterdir()) if path.is_dir()] if several else []
+        raise MissingFileError(
+            f"no folder {folder}: put pictures there, or pass --image FILE or --images_dir FOLDER"
+        )
+    groups = (
+        [pictures_in(path) for path in sorted(folder.iterdir()) if path.is_dir()] if several else []
+    )
     groups = [group for group in groups if group] or [[picture] for picture in pictures_in(folder)]
     if not groups:
         raise MissingFileError(f"no pictures in {folder}: put some there, or pass --image FILE")
@@ -98,10 +132,14 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def say_answer(chat: Chat, prompt: str, images: list, args: argparse.Namespace) -> None:
     """Print the answer as it comes, then how fast it came. BadSampleError where a picture cannot be read."""
-    sampling = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
+    sampling = dict(
+        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens
+    )
     for piece in chat.ask(prompt, images, **sampling):
         print(piece, end="", flush=True)
-    print(f"\n({chat.tokens_per_second:.1f} tokens/s, first token after {chat.seconds_to_first_token:.2f} s)")
+    print(
+        f"\n({chat.tokens_per_second:.1f} tokens/s, first token after {chat.seconds_to_first_token:.2f} s)"
+    )
 
 
 def converse(args: argparse.Namespace, chat: Chat) -> None:
@@ -162,7 +200,7 @@ def measure(args: argparse.Namespace, model, processor) -> None:
             }
             for q in questions
         ]
-        save_text(json.dumps(report, ensure_ascii=False, indent=1), Path(args.save_report))
+        write_text(Path(args.save_report), json.dumps(report, ensure_ascii=False, indent=1))
         print(f"report: {args.save_report}")
 
 

@@ -4,12 +4,12 @@ python train_pretrain_vlm.py --epochs 4
 torchrun --nproc_per_node 2 train_pretrain_vlm.py --epochs 4
 """
 
+from common.errors import run_command
 from dataset.mixture import open_data
-from model.errors import run_command
+from trainer.build import build_model, set_trainable
 from trainer.config import parse_train_args
 from trainer.loop import train
 from trainer.runtime import start_runtime
-from trainer.setup import build_model, choose_learned
 
 DEFAULTS = dict(
     init_name="lm",  # starts from out/lm_512.pth
@@ -29,11 +29,13 @@ def main() -> None:
     runtime = start_runtime(args)
     model, processor = build_model(args, runtime)
     last_layer = f"layers.{model.config.n_layers - 1}."
-    choose_learned(model, lambda name: name.startswith(("vision_proj.", last_layer)))
+    set_trainable(model, lambda name: name.startswith(("vision_proj.", last_layer)))
     train_data = open_data(args.data_path, args.images_path, processor, args.max_seq_len)
     val_data = None
     if args.val_data:
-        val_data = open_data(args.val_data, args.val_images or args.images_path, processor, args.max_seq_len)
+        val_data = open_data(
+            args.val_data, args.val_images or args.images_path, processor, args.max_seq_len
+        )
     train(model, train_data, val_data, args, runtime)
     runtime.close()
 

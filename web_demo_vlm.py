@@ -6,10 +6,10 @@ import sys
 
 import streamlit as st
 
-from model.chat import Chat
-from model.errors import UserError
-from model.pretrained import add_model_flags, load_vlm
-from model.processing import load_image
+from common.errors import UserError
+from inference.chat import Chat
+from inference.load import add_model_flags, load_vlm
+from model.image import load_image
 
 PORT = 8000
 MAX_UPLOAD_MB = 20  # a picture
@@ -17,7 +17,9 @@ MAX_PICTURES = 8  # a conversation
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=PORT, help="port on this machine")
     add_model_flags(parser)
     return parser.parse_args()
@@ -36,7 +38,9 @@ def serve(args: argparse.Namespace) -> int:
     flags = [f"--{name}={value}" for name, value in options.items()]
     print(f"starting on http://localhost:{args.port} (Ctrl-C ends it)", flush=True)
     try:
-        return subprocess.call([sys.executable, "-m", "streamlit", "run", *flags, __file__, "--", *sys.argv[1:]])
+        return subprocess.call(
+            [sys.executable, "-m", "streamlit", "run", *flags, __file__, "--", *sys.argv[1:]]
+        )
     except KeyboardInterrupt:
         return 0
 
@@ -50,7 +54,9 @@ def load_once(arguments: tuple[str, ...]):
 def page(args: argparse.Namespace) -> None:
     st.set_page_config(page_title="MiniMind-V", page_icon="👁️")
     st.title("MiniMind-V")
-    st.caption("A small vision-language model. Add one or several pictures on the left, then ask about them.")
+    st.caption(
+        "A small vision-language model. Add one or several pictures on the left, then ask about them."
+    )
     try:
         model, processor = load_once(tuple(sys.argv[1:]))
     except UserError as error:
@@ -68,7 +74,9 @@ def page(args: argparse.Namespace) -> None:
             key=f"uploads-{state.conversation}",
         )
         sampling = {
-            "temperature": st.slider("Temperature", 0.0, 1.5, 0.65, 0.05, help="0 always takes the likeliest word."),
+            "temperature": st.slider(
+                "Temperature", 0.0, 1.5, 0.65, 0.05, help="0 always takes the likeliest word."
+            ),
             "top_p": st.slider("Top-p", 0.05, 1.0, 0.85, 0.05),
             "max_new_tokens": st.slider("Longest answer (tokens)", 16, 1024, 256, 16),
         }
@@ -81,9 +89,15 @@ def page(args: argparse.Namespace) -> None:
         state.chat, state.seen = Chat(model, processor), set()
         st.info("A picture of the conversation was taken away, so it starts anew.")
     if pictures:
-        st.image([picture for _, _, picture in pictures], width=160, caption=[name for _, name, _ in pictures])
+        st.image(
+            [picture for _, _, picture in pictures],
+            width=160,
+            caption=[name for _, name, _ in pictures],
+        )
     for turn in state.chat.turns:
-        st.chat_message(turn["role"]).write(turn["content"].replace("<image>\n", "").replace("<image>", ""))
+        st.chat_message(turn["role"]).write(
+            turn["content"].replace("<image>\n", "").replace("<image>", "")
+        )
     prompt = st.chat_input("Ask about the pictures")
     if prompt:
         st.chat_message("user").write(prompt)

@@ -1,6 +1,5 @@
 """Where the pictures that rows name are found: a folder, or a .zip that is never unpacked."""
 
-import hashlib
 import io
 import struct
 import zlib
@@ -10,13 +9,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dataset.kept import keep, open_kept
-from model.errors import BadSampleError, UserError
+from common.errors import BadSampleError, UserError
+from common.files import MAX_IMAGE_BYTES, hash_to_int
+from dataset.index_cache import open_cached, save_cached
 
-MAX_IMAGE_BYTES = 64 * 2**20  # of one picture's file
-KEPT_FROM = 10_000  # entries of an archive; fewer are listed in a moment
+CACHED_FROM = 10_000  # entries of an archive; fewer are listed in a moment
 ENTRY = np.dtype(
-    [("name", "<u8"), ("offset", "<u8"), ("packed", "<u4"), ("size", "<u4"), ("checksum", "<u4"), ("method", "<u2")]
+    [
+        ("name", "<u8"),
+        ("offset", "<u8"),
+        ("packed", "<u4"),
+        ("size", "<u4"),
+        ("checksum", "<u4"),
+        ("method", "<u2"),
+    ]
 )
 STORED, DEFLATED = 0, 8  # the methods that archives of pictures use
 
@@ -50,7 +56,10 @@ class ImageFolder:
         try:
             is_inside = path.resolve().is_relative_to(self.path)
             is_there = listed is None or name in listed or path.is_file()
-        except (OSError, ValueError) as error:  # longer than a file's name can be, or with a zero byte
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # longer than a file's name can be, or with a zero byte
             raise BadSampleError("image is no name", repr(name)[:200]) from error
         if not is_inside:
             raise BadSampleError("image path leaves its folder", name)
@@ -65,14 +74,16 @@ class ImageZip:
 
     def __init__(self, path: Path):
         self.path = path
-        found = open_kept(path, "entries", ENTRY)
+        found = open_cached(path, "entries", ENTRY)
         if found is None:
             self.entries = list_entries(path)
-            if len(self.entries) >= KEPT_FROM:
-                keep(self.entries, {}, path, "entries")
+            if len(self.entries) >= CACHED_FROM:
+                save_cached(self.entries, {}, path, "entries")
         else:
             self.entries, _ = found
-        self.names = np.ascontiguousarray(self.entries["name"])  # a search in a field would copy it each time
+        self.names = np.ascontiguousarray(
+            self.entries["name"]
+        )  # a search in a field would copy it each time
 
     def __reduce__(self) -> tuple:  # another process opens the archive itself
         return ImageZip, (self.path,)
@@ -90,7 +101,7 @@ class ImageZip:
         return self._entry(name, required=False) is not None
 
     def _entry(self, name: str, required: bool = True) -> np.void | None:
-        key = np.uint64(hash_bytes(name.encode()))
+        key = np.uint64(hash_to_int(name.encode()))
         at = int(np.searchsorted(self.names, key))
         if at < len(self.names) and self.names[at] == key:
             return self.entries[at]
@@ -110,23 +121,26 @@ def open_images(path: str | Path | None) -> ImageFolder | ImageZip | None:
     return ImageFolder(path)
 
 
-def hash_bytes(content: bytes) -> int:
-    """64 bits that stand for some bytes."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
 def list_entries(path: Path) -> np.ndarray:
     """ENTRY[n] of an archive's files, sorted by name. (The standard library's zipfile keeps half a kilobyte for each of them.)
     UserError where it is no whole .zip. Layout: APPNOTE 6.3, sections 4.3.12 to 4.3.16."""
     try:
         with open(path, "rb") as file:
             directory, count = _read_directory(file)
-        found = [(name, fields) for name, *fields in _parse_directory(directory, count) if _is_file(name)]
+        found = [
+            (name, fields) for name, *fields in _parse_directory(directory, count) if _is_file(name)
+        ]
     except (OSError, struct.error, ValueError) as error:
         raise UserError(f"{path} is no whole .zip ({error}): fetch it again") from error
     folders = {name.split(b"/", 1)[0] for name, _ in found if b"/" in name}
-    shared = folders.pop() + b"/" if len(folders) == 1 and all(b"/" in name for name, _ in found) else b""
-    entries = np.array([(hash_bytes(name[len(shared) :]), *fields) for name, fields in found], ENTRY)
+    shared = (
+        folders.pop() + b"/"
+        if len(folders) == 1 and all(b"/" in name for name, _ in found)
+        else b""
+    )
+    entries = np.array(
+        [(hash_to_int(name[len(shared) :]), *fields) for name, fields in found], ENTRY
+    )
     return np.sort(entries, order="name")
 
 
@@ -145,7 +159,9 @@ def _read_directory(file: BinaryIO) -> tuple[bytes, int]:
         raise ValueError("it has no end record")
     count, size, offset = struct.unpack_from("<HII", tail, at + 10)
     locator = at - 20
-    if locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07":  # ZIP64: over 65,535 entries or 4 GB
+    if (
+        locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07"
+    ):  # ZIP64: over 65,535 entries or 4 GB
         file.seek(struct.unpack_from("<Q", tail, locator + 8)[0])
         count, size, offset = struct.unpack("<32xQQQ", file.read(56))
     if offset + size > end:
@@ -154,12 +170,14 @@ def _read_directory(file: BinaryIO) -> tuple[bytes, int]:
     return file.read(size), count
 
 
-def _parse_directory(directory: bytes, count: int) -> Iterator[tuple[bytes, int, int, int, int, int]]:
+def _parse_directory(
+    directory: bytes, count: int
+) -> Iterator[tuple[bytes, int, int, int, int, int]]:
     """(name, offset, packed bytes, bytes, checksum, method) of every entry."""
     at = 0
     for _ in range(count):
-        magic, flags, method, checksum, packed, size, n_name, n_extra, n_comment, offset = struct.unpack_from(
-            "<4s4xHH4xIIIHHH8xI", directory, at
+        magic, flags, method, checksum, packed, size, n_name, n_extra, n_comment, offset = (
+            struct.unpack_from("<4s4xHH4xIIIHHH8xI", directory, at)
         )
         if magic != b"PK\x01\x02":
             raise ValueError("its directory is damaged")
@@ -180,8 +198,13 @@ def _read_zip64(extra: bytes, size: int, packed: int, offset: int) -> list[int]:
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            values = [struct.unpack_from("<Q", extra, at + 4 + 8 * k)[0] for k in range(length // 8)]
-            return [values.pop(0) if known == 0xFFFFFFFF and values else known for known in (size, packed, offset)]
+            values = [
+                struct.unpack_from("<Q", extra, at + 4 + 8 * k)[0] for k in range(length // 8)
+            ]
+            return [
+                values.pop(0) if known == 0xFFFFFFFF and values else known
+                for known in (size, packed, offset)
+            ]
         at += 4 + length
     raise ValueError("its directory is damaged")
 
@@ -190,13 +213,17 @@ def read_entry(file: BinaryIO, entry: np.void, name: str) -> bytes:
     """The bytes of an entry; BadSampleError where it is too large or damaged."""
     size, packed, method = int(entry["size"]), int(entry["packed"]), int(entry["method"])
     if max(size, packed) > MAX_IMAGE_BYTES:
-        raise BadSampleError("image too large", f"{name}: its file has over {MAX_IMAGE_BYTES // 2**20} MB")
+        raise BadSampleError(
+            "image too large", f"{name}: its file has over {MAX_IMAGE_BYTES // 2**20} MB"
+        )
     if method not in (STORED, DEFLATED):
         raise BadSampleError("image damaged", f"{name}: packed by method {method} or encrypted")
     file.seek(int(entry["offset"]))
     header = file.read(30)
     if header[:4] != b"PK\x03\x04":
-        raise BadSampleError("image damaged", f"{name}: the archive has no entry where its directory says")
+        raise BadSampleError(
+            "image damaged", f"{name}: the archive has no entry where its directory says"
+        )
     file.seek(sum(struct.unpack_from("<HH", header, 26)), io.SEEK_CUR)
     content = file.read(packed)
     try:
@@ -205,5 +232,7 @@ def read_entry(file: BinaryIO, entry: np.void, name: str) -> bytes:
     except zlib.error as error:
         raise BadSampleError("image damaged", f"{name} ({error})") from error
     if len(content) != size or zlib.crc32(content) != int(entry["checksum"]):
-        raise BadSampleError("image damaged", f"{name}: its bytes do not match the archive's checksum")
+        raise BadSampleError(
+            "image damaged", f"{name}: its bytes do not match the archive's checksum"
+        )
     return content

@@ -30,4 +30,6 @@ def _load_identifier():
     """py3langid's model for 140 languages; it takes a second to load and comes with the package."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=LEAST_CONFIDENCE)
+    return LanguageIdentifier.from_model_file(
+        MODEL_FILE, norm_probs=True, min_confidence=LEAST_CONFIDENCE
+    )

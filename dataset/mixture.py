@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common.errors import MissingFileError, UserError
 from dataset.vlm_dataset import VLMDataset
-from model.errors import MissingFileError, UserError
 from model.processing import VLMProcessor
 
 MOST_REPEATS = 100  # a larger weight is a slip of the finger
@@ -35,7 +35,10 @@ class MixedDataset(Dataset):
         self.part = np.repeat(np.arange(len(parts), dtype=np.int16), [len(one) for one in rows])
         self.lengths = np.concatenate([part.lengths[one] for part, one in zip(parts, rows)])
         self.skipped = sum((part.skipped for part in parts), Counter())
-        self.repaired, self.n_images = sum(part.repaired for part in parts), sum(part.n_images for part in parts)
+        self.repaired, self.n_images = (
+            sum(part.repaired for part in parts),
+            sum(part.n_images for part in parts),
+        )
         self.processor, self.max_length = parts[0].processor, parts[0].max_length
 
     def __len__(self) -> int:
@@ -57,7 +60,9 @@ def repeat_rows(n_rows: int, weight: Fraction) -> np.ndarray:
     """int64[about weight * n_rows]: every row, as often as the weight's whole part says, and evenly spaced ones for the rest."""
     whole, rest = divmod(weight, 1)
     numbers = np.arange(n_rows)
-    extra = (numbers + 1) * rest.numerator // rest.denominator > numbers * rest.numerator // rest.denominator
+    extra = (
+        numbers + 1
+    ) * rest.numerator // rest.denominator > numbers * rest.numerator // rest.denominator
     return np.concatenate([np.tile(numbers, int(whole)), numbers[extra]])
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common.errors import BadSampleError, MissingFileError, UserError, list_reasons
 from dataset.images import open_images
-from dataset.kept import keep, open_kept
-from dataset.readers import JsonLinesRows, ParquetRows
-from model.errors import BadSampleError, MissingFileError, UserError, list_reasons
+from dataset.index_cache import open_cached, save_cached
+from dataset.rows import JsonLinesRows, ParquetRows
 from model.processing import VLMProcessor, check_conversation, match_image_tags
 
 BYTES_PER_TOKEN = 3  # of UTF-8 text with a 6,400-word vocabulary, English and Chinese alike; only orders rows by length
-KEPT_FROM = 50_000  # rows; fewer are checked in a second or two
+CACHED_FROM = 50_000  # rows; fewer are checked in a second or two
 ROW = np.dtype([("key", "<i8"), ("length", "<i4")])
 
 
@@ -39,10 +39,14 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> JsonLine
     path = Path(data_path)
     if not path.is_file():
         raise MissingFileError(
-            f"no data at {data_path}: fetch the published sets with `python scripts/download.py pretrain-data sft-data`, "
+            f"no data at {data_path}: fetch the published sets with `python -m scripts.download pretrain-data sft-data`, "
             "or name another file"
         )
-    return ParquetRows(path) if path.suffix == ".parquet" else JsonLinesRows(path, open_images(images_path))
+    return (
+        ParquetRows(path)
+        if path.suffix == ".parquet"
+        else JsonLinesRows(path, open_images(images_path))
+    )
 
 
 def list_images(rows: JsonLinesRows | ParquetRows) -> set[str] | None:
@@ -72,23 +76,37 @@ class VLMDataset(Dataset):
     `skipped` counts rows left out at the start by reason, `repaired` those that had `<image>` tags to spare.
     """
 
-    def __init__(self, data_path: str | Path, images_path: str | Path | None, processor: VLMProcessor, max_length: int):
+    def __init__(
+        self,
+        data_path: str | Path,
+        images_path: str | Path | None,
+        processor: VLMProcessor,
+        max_length: int,
+    ):
         self.data_path, self.images_path = Path(data_path), images_path
         self.processor, self.max_length = processor, max_length
         self.rows = open_rows(data_path, images_path)
-        settings = dict(images=str(images_path), max_length=max_length, n_image_tokens=processor.config.n_image_tokens)
-        found = open_kept(self.data_path, "rows", ROW, **settings)
+        settings = dict(
+            images=str(images_path),
+            max_length=max_length,
+            n_image_tokens=processor.config.n_image_tokens,
+        )
+        found = open_cached(self.data_path, "rows", ROW, **settings)
         if found:
             usable, counts = found[0], RowCounts(**found[1])
         else:
             usable, counts = self._check_rows()
             n_read = len(usable) + sum(counts.skipped.values())
             if (
-                n_read >= KEPT_FROM and not counts.skipped["image missing"]
+                n_read >= CACHED_FROM and not counts.skipped["image missing"]
             ):  # an index would hide images that come later
-                keep(usable, vars(counts), self.data_path, "rows", **settings)
+                save_cached(usable, vars(counts), self.data_path, "rows", **settings)
         self.keys, self.lengths = usable["key"], usable["length"]
-        self.skipped, self.repaired, self.n_images = Counter(counts.skipped), counts.repaired, counts.n_images
+        self.skipped, self.repaired, self.n_images = (
+            Counter(counts.skipped),
+            counts.repaired,
+            counts.n_images,
+        )
 
     def _check_rows(self) -> tuple[np.ndarray, RowCounts]:
         """(ROW[n], the place in the file and the estimated tokens of each usable row, counts). No image is decoded."""
@@ -104,10 +122,14 @@ class VLMDataset(Dataset):
             counts.repaired += surplus > 0
             counts.n_images += n_images
             keys.append(key)
-            lengths.append(min(self.max_length, n_bytes // BYTES_PER_TOKEN + n_images * n_image_tokens))
+            lengths.append(
+                min(self.max_length, n_bytes // BYTES_PER_TOKEN + n_images * n_image_tokens)
+            )
         if not keys:
             reasons = list_reasons(counts.skipped) or "it is empty"
-            raise UserError(f"{self.data_path} has no usable row ({reasons}){self._hint(listed, counts.skipped)}")
+            raise UserError(
+                f"{self.data_path} has no usable row ({reasons}){self._hint(listed, counts.skipped)}"
+            )
         usable = np.empty(len(keys), ROW)
         usable["key"], usable["length"] = keys, lengths
         return usable, counts

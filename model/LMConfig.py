@@ -2,9 +2,11 @@
 
 from transformers import PretrainedConfig
 
-from model.errors import UserError
+from common.errors import UserError
 
-PLACEHOLDER = "@"  # one character stands for one image patch; its token id is 34 in the published tokenizer
+IMAGE_TOKEN = (
+    "@"  # one character stands for one image patch; its token id is 34 in the published tokenizer
+)
 
 
 class LMConfig(PretrainedConfig):
@@ -35,9 +37,13 @@ class LMConfig(PretrainedConfig):
         ):  # 8 as published; fewer in narrow models, where heads under 32 numbers cannot tell words apart
             n_heads = next(n for n in (8, 4, 2) if dim >= 32 * n or n == 2)
         if dim % n_heads or dim // n_heads % 2:
-            raise UserError(f"dim {dim} does not split into {n_heads} heads of an even size: change dim or n_heads")
+            raise UserError(
+                f"dim {dim} does not split into {n_heads} heads of an even size: change dim or n_heads"
+            )
         if n_heads % n_kv_heads:
-            raise UserError(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}: change one of them")
+            raise UserError(
+                f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}: change one of them"
+            )
         if hidden_dim is None:
             hidden_dim = -(-int(2 / 3 * 4 * dim) // multiple_of) * multiple_of
         self.dim = dim
@@ -59,17 +65,17 @@ class LMConfig(PretrainedConfig):
 
 
 class VLMConfig(LMConfig):
-    """LMConfig plus what joins it to a vision tower: the image placeholder and the width of a patch feature.
+    """LMConfig plus what joins it to a vision encoder: the image placeholder and the width of a patch feature.
 
-    The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features. `for_tower` reads them off
-    another tower's own configuration.
+    The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features. `for_vision_encoder` reads them off
+    another vision encoder's own configuration.
     """
 
     model_type = "minimind-v"
 
     def __init__(
         self,
-        image_special_token: str = PLACEHOLDER * 196,
+        image_special_token: str = IMAGE_TOKEN * 196,
         image_ids: list[int] | None = None,
         vision_dim: int = 768,
         **kwargs,
@@ -88,23 +94,27 @@ class VLMConfig(LMConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def for_tower(cls, vision_config: PretrainedConfig, **sizes) -> "VLMConfig":
-        """The configuration that joins a language model of these `sizes` to a CLIP vision tower."""
+    def for_vision_encoder(cls, vision_config: PretrainedConfig, **sizes) -> "VLMConfig":
+        """The configuration that joins a language model of these `sizes` to a CLIP vision encoder."""
         n_patches = count_patches(vision_config)
-        return cls(image_special_token=PLACEHOLDER * n_patches, vision_dim=vision_config.hidden_size, **sizes)
+        return cls(
+            image_special_token=IMAGE_TOKEN * n_patches,
+            vision_dim=vision_config.hidden_size,
+            **sizes,
+        )
 
-    def check_tower(self, vision_config: PretrainedConfig) -> None:
-        """Raise UserError unless placeholder length and width are those of the tower."""
+    def check_vision_encoder(self, vision_config: PretrainedConfig) -> None:
+        """Raise UserError unless placeholder length and width are those of the vision encoder."""
         n_patches = count_patches(vision_config)
         if self.n_image_tokens != n_patches:
             raise UserError(
-                f"the placeholder stands for {self.n_image_tokens} patches but the vision tower makes {n_patches}: "
-                "build the configuration with VLMConfig.for_tower(tower.config)"
+                f"the placeholder stands for {self.n_image_tokens} patches but the vision encoder makes {n_patches}: "
+                "build the configuration with VLMConfig.for_vision_encoder(vision_encoder.config)"
             )
         if self.vision_dim != vision_config.hidden_size:
             raise UserError(
-                f"vision_dim is {self.vision_dim} but the vision tower is {vision_config.hidden_size} wide: "
-                "build the configuration with VLMConfig.for_tower(tower.config)"
+                f"vision_dim is {self.vision_dim} but the vision encoder is {vision_config.hidden_size} wide: "
+                "build the configuration with VLMConfig.for_vision_encoder(vision_encoder.config)"
             )
 
     @property

@@ -43,7 +43,9 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         cos, sin = rope.unsqueeze(-3).unbind(-1)  # each (…, T, 1, head_dim / 2)
         x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, n_heads, head_dim / 2)
-        return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).type_as(x)
+        return (
+            torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).type_as(x)
+        )
     rotation = torch.view_as_complex(rope).unsqueeze(-2)  # (…, T, 1, head_dim / 2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, n_heads, head_dim / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, n_heads, head_dim)
@@ -52,19 +54,32 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 class KVCache:
     """Keys and values of every layer, allocated once for `max_length` tokens and filled from the left."""
 
-    def __init__(self, config: LMConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: LMConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, max_length, config.head_dim)
         store = torch.empty(shape, device=device, dtype=dtype)
-        self.layers = [layer.unbind(0) for layer in store]  # (keys, values) each (B, n_kv_heads, max_length, head_dim)
+        self.layers = [
+            layer.unbind(0) for layer in store
+        ]  # (keys, values) each (B, n_kv_heads, max_length, head_dim)
         self.length = 0  # tokens stored by finished forward passes
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store float[B, n_kv_heads, T, head_dim] behind what is there; returns all keys and values so far."""
         n_new = keys.shape[2]
         all_keys, all_values = self.layers[layer]
         all_keys.narrow(2, self.length, n_new).copy_(keys)
         all_values.narrow(2, self.length, n_new).copy_(values)
-        return all_keys.narrow(2, 0, self.length + n_new), all_values.narrow(2, 0, self.length + n_new)
+        return all_keys.narrow(2, 0, self.length + n_new), all_values.narrow(
+            2, 0, self.length + n_new
+        )
 
 
 class Attention(nn.Module):
@@ -84,7 +99,9 @@ class Attention(nn.Module):
         """float[B, T, dim] -> float[B, T, dim]. `mask` bool[B, 1, T, S] says what may be seen; None means causal."""
         queries = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_heads, head_dim)
         keys = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
-        values = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        values = (
+            self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        )  # (B, n_kv_heads, T, head_dim)
         queries = apply_rope(queries, rope).transpose(1, 2)  # (B, n_heads, T, head_dim)
         keys = apply_rope(keys, rope).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
         if cache is not None:
@@ -103,11 +120,17 @@ class Attention(nn.Module):
             )
         return self.wo(mixed.transpose(1, 2).flatten(2))  # (B, T, dim)
 
-    def _attend_one(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _attend_one(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """One new token on a CPU, a third of the time that the general kernel needs: the queries that share a key are rows
         of one product. float[B, n_heads, 1, head_dim] -> the same."""
-        grouped = queries.view(len(queries), keys.shape[1], -1, self.head_dim)  # (B, n_kv_heads, n_rep, head_dim)
-        scores = (grouped * self.head_dim**-0.5) @ keys.transpose(-2, -1)  # (B, n_kv_heads, n_rep, S)
+        grouped = queries.view(
+            len(queries), keys.shape[1], -1, self.head_dim
+        )  # (B, n_kv_heads, n_rep, head_dim)
+        scores = (grouped * self.head_dim**-0.5) @ keys.transpose(
+            -2, -1
+        )  # (B, n_kv_heads, n_rep, S)
         return (scores.softmax(dim=-1) @ values).view_as(queries)
 
 
@@ -148,7 +171,9 @@ class MiniMindLM(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(MiniMindBlock(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            MiniMindBlock(config, layer) for layer in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._init_weights()
@@ -162,12 +187,20 @@ class MiniMindLM(nn.Module):
         scale = self.config.dim**-0.5
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                is_residual = name.endswith(("wo.weight", "w2.weight"))  # smaller, as in GPT-2, section 2.3
-                nn.init.normal_(weight, std=scale / math.sqrt(2 * self.config.n_layers) if is_residual else scale)
+                is_residual = name.endswith(
+                    ("wo.weight", "w2.weight")
+                )  # smaller, as in GPT-2, section 2.3
+                nn.init.normal_(
+                    weight,
+                    std=scale / math.sqrt(2 * self.config.n_layers) if is_residual else scale,
+                )
         nn.init.normal_(self.tok_embeddings.weight, std=3 * scale)
 
     def run_layers(
-        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """float[B, T, dim] embeddings -> float[B, T, dim] final hidden states, ready for `output`.
 
@@ -177,10 +210,14 @@ class MiniMindLM(nn.Module):
         past = cache.length if cache is not None else 0
         length = past + embeddings.shape[1]
         if length > self.config.max_seq_len:
-            raise ValueError(f"{length} tokens are more than max_seq_len {self.config.max_seq_len}: shorten the input")
+            raise ValueError(
+                f"{length} tokens are more than max_seq_len {self.config.max_seq_len}: shorten the input"
+            )
         rope, mask = self.rope[past:length], None
         if attention_mask is not None:
-            rope = self.rope[(attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]]  # (B, T, head_dim / 2, 2)
+            rope = self.rope[
+                (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+            ]  # (B, T, head_dim / 2, 2)
         if attention_mask is not None or (past > 0 and embeddings.shape[1] > 1):
             mask = _visible(past, length, attention_mask, embeddings.device)
         hidden = self.dropout(embeddings)
@@ -191,7 +228,9 @@ class MiniMindLM(nn.Module):
         return self.norm(hidden)
 
 
-def _visible(past: int, length: int, attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _visible(
+    past: int, length: int, attention_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
     """bool[B or 1, 1, T, S]: what each new position may look at; at least itself, padding too, lest softmax give NaN."""
     positions = torch.arange(length, device=device)
     rows = positions[past:, None]  # (T, 1)

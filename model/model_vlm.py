@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel
 
-from model.generation import generate
+from inference.generate import generate
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache, MiniMindLM
 from model.processing import find_labels
@@ -31,7 +31,9 @@ class VisionProj(nn.Module):
         return self.vision_proj(image_features)
 
 
-def find_placeholders(input_ids: torch.Tensor, image_token_id: int, n_image_tokens: int) -> torch.Tensor:
+def find_image_tokens(
+    input_ids: torch.Tensor, image_token_id: int, n_image_tokens: int
+) -> torch.Tensor:
     """int64[k * n_image_tokens]: where in int64[B, T], counted over B * T, the tokens are that stand for patches.
 
     A run of exactly k * n_image_tokens placeholder ids stands for k images; a run of any other length is text (an
@@ -40,7 +42,9 @@ def find_placeholders(input_ids: torch.Tensor, image_token_id: int, n_image_toke
     is_token = input_ids == image_token_id
     starts = is_token.clone()
     starts[:, 1:] &= ~is_token[:, :-1]
-    run = starts.flatten().cumsum(0)  # (B * T,) number of the run that a token belongs to, or of the last one before it
+    run = starts.flatten().cumsum(
+        0
+    )  # (B * T,) number of the run that a token belongs to, or of the last one before it
     run_length = torch.bincount(run[is_token.flatten()], minlength=run.numel() + 1)
     is_patch = is_token.flatten() & (run_length[run] % n_image_tokens == 0)  # (B * T,)
     return is_patch.nonzero().squeeze(-1)
@@ -52,7 +56,7 @@ class MiniMindVLM(MiniMindLM):
     def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
         super().__init__(config)
         if vision_encoder is not None:
-            config.check_tower(vision_encoder.config)
+            config.check_vision_encoder(vision_encoder.config)
             vision_encoder.requires_grad_(False)
         self.vision_encoder = vision_encoder
         self.vision_proj = VisionProj(config.vision_dim, config.dim)
@@ -67,7 +71,9 @@ class MiniMindVLM(MiniMindLM):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """float[k, 3, H, W] -> float[k, patches, vision_dim], without gradient."""
         if self.vision_encoder is None:
-            raise ValueError(f"{len(pixel_values)} images but no vision tower: pass vision_encoder to MiniMindVLM")
+            raise ValueError(
+                f"{len(pixel_values)} images but no vision encoder: pass vision_encoder to MiniMindVLM"
+            )
         return patch_features(self.vision_encoder, pixel_values)
 
     def embed(
@@ -75,20 +81,22 @@ class MiniMindVLM(MiniMindLM):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        patch_positions: torch.Tensor | None = None,
+        image_token_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """int64[B, T] -> float[B, T, dim], with the rows of the placeholders replaced by the projected patches.
 
-        `patch_positions` are what `find_placeholders` gives; found here where missing, which a GPU's host has to wait for.
+        `image_token_indices` are what `find_image_tokens` gives; found here where missing, which a GPU's host has to wait for.
         Raises ValueError where the images, in order over the batch, are not as many as the placeholders.
         """
         if image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         embeddings = self.tok_embeddings(input_ids)
         n_image_tokens = self.config.n_image_tokens
-        if patch_positions is None:
-            patch_positions = find_placeholders(input_ids, self.config.image_token_id, n_image_tokens)
-        n_placeholders = len(patch_positions) // n_image_tokens
+        if image_token_indices is None:
+            image_token_indices = find_image_tokens(
+                input_ids, self.config.image_token_id, n_image_tokens
+            )
+        n_placeholders = len(image_token_indices) // n_image_tokens
         n_images = 0 if image_features is None else len(image_features)
         if n_placeholders != n_images:
             raise ValueError(
@@ -96,11 +104,20 @@ class MiniMindVLM(MiniMindLM):
                 "came with it: give one image for each placeholder"
             )
         if n_images:
-            patches = self.vision_proj(image_features.to(self.vision_proj.vision_proj[0].weight.dtype))
+            patches = self.vision_proj(
+                image_features.to(self.vision_proj.vision_proj[0].weight.dtype)
+            )
             rows = patches.flatten(0, 1).to(embeddings.dtype)  # (k * n_image_tokens, dim)
-            return embeddings.flatten(0, 1).index_copy(0, patch_positions, rows).view_as(embeddings)  # (B, T, dim)
+            return (
+                embeddings.flatten(0, 1)
+                .index_copy(0, image_token_indices, rows)
+                .view_as(embeddings)
+            )  # (B, T, dim)
         if self.training:  # a batch of text only: the projector still takes part, so that DDP ranks wait for no one
-            return embeddings + 0.0 * self.vision_proj(embeddings.new_zeros(1, self.config.vision_dim)).sum()
+            return (
+                embeddings
+                + 0.0 * self.vision_proj(embeddings.new_zeros(1, self.config.vision_dim)).sum()
+            )
         return embeddings
 
     def forward(
@@ -112,32 +129,36 @@ class MiniMindVLM(MiniMindLM):
         image_features: torch.Tensor | None = None,
         cache: KVCache | None = None,
         return_logits: bool = True,
-        patch_positions: torch.Tensor | None = None,
-        label_positions: torch.Tensor | None = None,
+        image_token_indices: torch.Tensor | None = None,
+        label_indices: torch.Tensor | None = None,
     ) -> VLMOutput:
         """Next-token logits and, with `labels`, their loss.
 
         input_ids: int64[B, T]; pixel_values: float[k, 3, H, W], all images of the batch in order, or image_features
         float[k, patches, vision_dim] in their place; labels: int64[B, T] aligned with input_ids, -100 where nothing is
         learned; attention_mask: [B, S], for left padding. `return_logits=False` computes the head only where there is
-        a label: at 6,400 words it is a third of a pretraining step. `patch_positions` and `label_positions`, from
-        `find_placeholders` and `find_labels`, spare the host a wait for the device.
+        a label: at 6,400 words it is a third of a pretraining step. `image_token_indices` and `label_indices`, from
+        `find_image_tokens` and `find_labels`, spare the host a wait for the device.
         """
-        embeddings = self.embed(input_ids, pixel_values, image_features, patch_positions)
+        embeddings = self.embed(input_ids, pixel_values, image_features, image_token_indices)
         hidden = self.run_layers(embeddings, attention_mask, cache)
         logits = self.output(hidden) if return_logits else None
-        return VLMOutput(logits, None if labels is None else self.loss(hidden, labels, label_positions))
+        return VLMOutput(
+            logits, None if labels is None else self.loss(hidden, labels, label_indices)
+        )
 
     def loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, label_positions: torch.Tensor | None = None
+        self, hidden: torch.Tensor, labels: torch.Tensor, label_indices: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Mean cross-entropy over the label tokens (0 where there are none). The one place where labels are shifted."""
-        if label_positions is None:
-            label_positions = find_labels(labels)
-        logits = self.output(hidden.flatten(0, 1)[label_positions - 1])  # (label tokens, vocab_size)
-        total = F.cross_entropy(logits.float(), labels.flatten()[label_positions], reduction="sum")
-        return total / max(len(label_positions), 1)
+        if label_indices is None:
+            label_indices = find_labels(labels)
+        logits = self.output(hidden.flatten(0, 1)[label_indices - 1])  # (label tokens, vocab_size)
+        total = F.cross_entropy(logits.float(), labels.flatten()[label_indices], reduction="sum")
+        return total / max(len(label_indices), 1)
 
-    def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **options):
+    def generate(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **options
+    ):
         """See model.generation.generate."""
         return generate(self, input_ids, pixel_values, **options)

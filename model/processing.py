@@ -1,23 +1,17 @@
 """From a conversation and its images to what the model takes: the chat format, the placeholders, the labels."""
 
-import warnings
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from model.errors import BadSampleError, MissingFileError, UserError
-from model.LMConfig import PLACEHOLDER, VLMConfig
+from common.errors import BadSampleError, MissingFileError, UserError
+from model.image import load_image
+from model.LMConfig import IMAGE_TOKEN, VLMConfig
 
 TOKENIZER_PATH = "model/minimind_tokenizer"
 IMAGE_TAG = "<image>"
 IGNORE_INDEX = -100  # label of a token that is not learned
-MAX_PIXELS = 89_000_000  # 270 MB once decoded; a little under where Pillow begins to warn
-MAX_ASPECT = 50  # a thinner picture would be scaled to hundreds of megabytes before the centre is cut out
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # load_image makes it a reason
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}
 
 
@@ -25,45 +19,22 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
     """The tokenizer in `path`; UserError unless it has the ids the model counts on (0 pad, 1 <s>, 2 </s>, 34 '@')."""
     if not (Path(path) / "tokenizer.json").is_file():
         raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `python scripts/download.py tokenizer`, or point --tokenizer to it"
+            f"no tokenizer in {path}: fetch it with `python -m scripts.download tokenizer`, or point --tokenizer to it"
         )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    expected = {"<unk>": 0, "<s>": 1, "</s>": 2, PLACEHOLDER: VLMConfig().image_token_id}
+    expected = {"<unk>": 0, "<s>": 1, "</s>": 2, IMAGE_TOKEN: VLMConfig().image_token_id}
     wrong = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
     wrong = {token: token_id for token, token_id in wrong.items() if token_id != expected[token]}
     if wrong:
-        raise UserError(f"the tokenizer in {path} gives {wrong} instead of {expected}: it was not made for MiniMind-V")
+        raise UserError(
+            f"the tokenizer in {path} gives {wrong} instead of {expected}: it was not made for MiniMind-V"
+        )
     return tokenizer
 
 
-def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Any picture Pillow reads as RGB, upright, the first frame of an animation; BadSampleError with the reason otherwise."""
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadSampleError("image too large", f"{width}x{height} is over {MAX_PIXELS // 10**6} million pixels")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadSampleError("image too narrow", f"{width}x{height} is beyond {MAX_ASPECT}:1")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16-bit grey: convert() would clip at 255
-            grey = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise BadSampleError("image missing", str(source)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSampleError("image too large", str(source)) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
-        if isinstance(error, BadSampleError):
-            raise
-        reason = "no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise BadSampleError(
-            "image damaged", f"{source} ({reason})" if isinstance(source, str | Path) else str(reason)
-        ) from error
-
-
-def check_conversation(conversations: list[dict], blank_answers: bool = False) -> list[tuple[str, str]]:
+def check_conversation(
+    conversations: list[dict], blank_answers: bool = False
+) -> list[tuple[str, str]]:
     """[(role, content)] with user and assistant in turn, after at most one system turn. BadSampleError says what is wrong.
 
     Roles may be missing: user and assistant alternate then. A last user turn without an answer is kept.
@@ -79,13 +50,17 @@ def check_conversation(conversations: list[dict], blank_answers: bool = False) -
         try:
             turn["content"].encode()
         except UnicodeEncodeError as error:  # a lone "\\ud83d" in JSON, which no tokenizer takes
-            raise BadSampleError("half a character", f"turn {index}: {turn['content']!r:.60}") from error
+            raise BadSampleError(
+                "half a character", f"turn {index}: {turn['content']!r:.60}"
+            ) from error
         role = turn.get("role") or expected
         if role == "system" and index == 0:
             turns.append((role, turn["content"]))
             continue
         if role != expected:
-            raise BadSampleError("wrong roles", f"turn {index} is by {role!r}, expected {expected!r}")
+            raise BadSampleError(
+                "wrong roles", f"turn {index} is by {role!r}, expected {expected!r}"
+            )
         if role == "assistant" and not blank_answers and not turn["content"].strip():
             raise BadSampleError("empty answer", f"turn {index}")
         turns.append((role, turn["content"]))
@@ -105,7 +80,9 @@ def find_labels(labels: torch.Tensor) -> torch.Tensor:
     return is_label.flatten().nonzero().squeeze(-1)
 
 
-def match_image_tags(turns: list[tuple[str, str]], n_images: int) -> tuple[list[tuple[str, str]], int]:
+def match_image_tags(
+    turns: list[tuple[str, str]], n_images: int
+) -> tuple[list[tuple[str, str]], int]:
     """(turns, surplus): `<image>` tags beyond the number of images are dropped, as the published multi-image set needs.
 
     Fewer tags than images are a BadSampleError. Tags count in user turns only.
@@ -130,13 +107,20 @@ class VLMProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor, config: VLMConfig):
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.image_token_id, self.image_ids = config.image_token_id, list(config.image_ids)  # a config is slow to ask
+        self.image_token_id, self.image_ids = (
+            config.image_token_id,
+            list(config.image_ids),
+        )  # a config is slow to ask
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
         self._fixed: dict[str, list[int]] = {}  # ids of the chat format's own pieces
         self._special_tokens = tokenizer.all_special_tokens
-        self.default_system = rendered.split("<s>user\n")[0].removeprefix("<s>system\n").removesuffix("</s>\n")
+        self.default_system = (
+            rendered.split("<s>user\n")[0].removeprefix("<s>system\n").removesuffix("</s>\n")
+        )
 
-    def encode(self, conversations: list[dict], images: list, max_length: int) -> dict[str, torch.Tensor]:
+    def encode(
+        self, conversations: list[dict], images: list, max_length: int
+    ) -> dict[str, torch.Tensor]:
         """One training sample: input_ids int64[T], labels int64[T], pixel_values float[k, 3, H, W].
 
         Labels are the answers and their `</s>`, -100 elsewhere, aligned with input_ids (the model shifts them). Cut at
@@ -145,7 +129,9 @@ class VLMProcessor:
         sample, images = self.encode_text(conversations, images, max_length)
         return sample | {"pixel_values": self.preprocess(images)}
 
-    def encode_text(self, conversations: list[dict], images: list, max_length: int) -> tuple[dict, list]:
+    def encode_text(
+        self, conversations: list[dict], images: list, max_length: int
+    ) -> tuple[dict, list]:
         """({input_ids, labels}, the images that are left after cutting) of `encode`; no image is opened."""
         turns, _ = match_image_tags(check_conversation(conversations), len(images))
         if turns[-1][0] == "user":
@@ -168,11 +154,15 @@ class VLMProcessor:
         if not images:
             size = self.image_processor.crop_size
             return torch.empty(0, 3, size["height"], size["width"])
-        return self.image_processor([load_image(image) for image in images], return_tensors="pt")["pixel_values"]
+        return self.image_processor([load_image(image) for image in images], return_tensors="pt")[
+            "pixel_values"
+        ]
 
     def resize(self, image) -> torch.Tensor:
         """uint8[3, H, W]: `preprocess` up to the point where bytes become floats, a quarter of the memory."""
-        resized = self.image_processor(load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt")
+        resized = self.image_processor(
+            load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
         return resized["pixel_values"][0].to(torch.uint8)
 
     def _format_tokens(self, text: str) -> list[int]:
@@ -184,8 +174,12 @@ class VLMProcessor:
     def _content_tokens(self, text: str) -> list[int]:
         """Ids of what somebody wrote: a "</s>" in it is four characters and cannot end a turn."""
         if any(token in text for token in self._special_tokens):
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # ten times as fast
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        return self.tokenizer.backend_tokenizer.encode(
+            text, add_special_tokens=False
+        ).ids  # ten times as fast
 
     def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""
@@ -239,7 +233,10 @@ class VLMProcessor:
         size, position, n_images = len(self.image_ids), 0, 0
         length = min(len(input_ids), max_length)
         while position < length:
-            if input_ids[position] == self.image_token_id and input_ids[position : position + size] == self.image_ids:
+            if (
+                input_ids[position] == self.image_token_id
+                and input_ids[position : position + size] == self.image_ids
+            ):
                 if position + size > length:
                     return position, n_images
                 n_images += 1

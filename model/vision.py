@@ -1,4 +1,4 @@
-"""The frozen CLIP vision tower: find it, load its vision half, turn pictures into patch features."""
+"""The frozen CLIP vision encoder: find it, load its vision half, turn pictures into patch features."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +9,20 @@ from transformers import AutoConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from model.errors import MissingFileError, UserError
+from common.errors import MissingFileError, UserError
 
-VISION_MODEL_PATH = "model/vision_model"  # the tower lies here, or in clip-vit-base-patch16/ below
+VISION_MODEL_PATH = (
+    "model/vision_model"  # the vision encoder lies here, or in clip-vit-base-patch16/ below
+)
 
 
 def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
-    """The folder that holds the tower's config.json: `path` itself or `path`/clip-vit-base-patch16."""
+    """The folder that holds the vision encoder's config.json: `path` itself or `path`/clip-vit-base-patch16."""
     for folder in (Path(path), Path(path) / "clip-vit-base-patch16"):
         if (folder / "config.json").is_file():
             return folder
     raise MissingFileError(
-        f"no CLIP in {path}: fetch it with `python scripts/download.py clip`, or point --vision_model to it"
+        f"no CLIP in {path}: fetch it with `python -m scripts.download clip`, or point --vision_model to it"
     )
 
 
@@ -37,13 +39,15 @@ def quiet_transformers():
         transformers_logging.enable_progress_bar()
 
 
-def load_vision_encoder(path: str | Path = VISION_MODEL_PATH) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
-    """(frozen tower in eval mode and fp32, image processor). Of a whole CLIP only the vision half is read."""
+def load_vision_encoder(
+    path: str | Path = VISION_MODEL_PATH,
+) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """(frozen vision encoder in eval mode and fp32, image processor). Of a whole CLIP only the vision half is read."""
     folder = find_vision_model(path)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            tower, loading = CLIPVisionModel.from_pretrained(
+            vision_encoder, loading = CLIPVisionModel.from_pretrained(
                 folder,
                 config=getattr(config, "vision_config", config),
                 local_files_only=True,
@@ -53,21 +57,25 @@ def load_vision_encoder(path: str | Path = VISION_MODEL_PATH) -> tuple[CLIPVisio
             image_processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load the vision tower in {folder} ({reason}): fetch it again") from error
+        raise UserError(
+            f"cannot load the vision encoder in {folder} ({reason}): fetch it again"
+        ) from error
     missing = sorted(key for key in loading["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise UserError(
-            f"the vision tower in {folder} lacks {len(missing)} weights, such as {missing[0]}: fetch it again"
+            f"the vision encoder in {folder} lacks {len(missing)} weights, such as {missing[0]}: fetch it again"
         )
-    return tower.requires_grad_(False).eval(), image_processor
+    return vision_encoder.requires_grad_(False).eval(), image_processor
 
 
-def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def normalize_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """uint8[k, 3, H, W] -> float32[k, 3, H, W], as CLIPImageProcessor's rescaling and normalisation; mean, std float[3, 1, 1]."""
     return (pixels.float() / 255 - mean) / std
 
 
 @torch.no_grad()
-def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+def patch_features(vision_encoder: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """float[k, 3, H, W] -> float[k, patches, width]: the last layer's states without the class token, before post_layernorm."""
-    return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]
+    return vision_encoder(pixel_values=pixel_values.to(vision_encoder.dtype)).last_hidden_state[
+        :, 1:
+    ]

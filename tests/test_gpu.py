@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from conftest import small_model
 
 from dataset.vlm_dataset import VLMDataset
-from trainer.batches import StepBatches, make_loader
-from trainer.features import ImageEncoder
+from tests.helpers import small_model
+from trainer.collate import make_loader
+from trainer.image_encoder import ImageEncoder
 from trainer.loop import accumulate_gradients
 from trainer.meter import Meter
 from trainer.runtime import Runtime
+from trainer.sampler import StepBatches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -1,14 +1,14 @@
-"""Real photographs and human captions through training and evaluation, with a tower as large as CLIP's."""
+"""Real photographs and human captions through training and evaluation, with a vision encoder as large as CLIP's."""
 
 import json
 import zipfile
 
 import pytest
-from conftest import SHARED, needs_shared, run_script
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from model.checkpoint import read_weights
+from model.weights import read_weights
+from tests.helpers import SHARED, needs_shared, run_script
 
 pytestmark = needs_shared
 FLICKR = SHARED / "flickr8k"
@@ -48,23 +48,52 @@ def test_pretraining_sft_and_evaluation_on_photographs(place):
         ("train_sft_vlm.py", "sft_vlm_data_multi", ["--save_name", "sft_vlm_multi"], 2),
     ]
     for script, name, more, n_repaired in stages:
-        finished = run_script(script, *train, "--data_path", place / f"{name}.jsonl", *more, env=many_threads)
+        finished = run_script(
+            script, *train, "--data_path", place / f"{name}.jsonl", *more, env=many_threads
+        )
         assert finished.returncode == 0, finished.stdout
         assert "skipped" not in finished.stdout and "left out" not in finished.stdout
-        assert (f"repaired: {n_repaired} rows" in finished.stdout) == bool(n_repaired), finished.stdout
+        assert (f"repaired: {n_repaired} rows" in finished.stdout) == bool(n_repaired), (
+            finished.stdout
+        )
     for name in ("pretrain_vlm", "sft_vlm", "sft_vlm_multi"):
         assert read_weights(place / f"{name}_64.pth")
-        records = [json.loads(line) for line in (place / f"{name}_64.log.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (place / f"{name}_64.log.jsonl").read_text().splitlines()
+        ]
         assert all(0 < record["loss"] < 20 for record in records if record["event"] == "train")
 
-    evaluate = ["eval_vlm.py", *sizes, "--out_dir", place, "--device", "cpu", "--max_new_tokens", "4"]
+    evaluate = [
+        "eval_vlm.py",
+        *sizes,
+        "--out_dir",
+        place,
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "4",
+    ]
     finished = run_script(*evaluate, "--images_dir", SHARED / "eval_images", env=many_threads)
-    assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 8 and "Panda" in finished.stdout
+    assert (
+        finished.returncode == 0
+        and finished.stdout.count("tokens/s") == 8
+        and "Panda" in finished.stdout
+    )
     finished = run_script(
-        *evaluate, "--model_mode", "2", "--images_dir", SHARED / "eval_multi_images", env=many_threads
+        *evaluate,
+        "--model_mode",
+        "2",
+        "--images_dir",
+        SHARED / "eval_multi_images",
+        env=many_threads,
     )
     assert finished.returncode == 0 and "[0.jpg, 1.jpg]" in finished.stdout
     finished = run_script(
-        *evaluate, "--data", place / "sft_vlm_data.jsonl", "--images_path", place / "pretrain_images", env=many_threads
+        *evaluate,
+        "--data",
+        place / "sft_vlm_data.jsonl",
+        "--images_path",
+        place / "pretrain_images",
+        env=many_threads,
     )
     assert finished.returncode == 0 and "exact answers, overall" in finished.stdout

@@ -15,39 +15,59 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from model.errors import UserError, list_reasons
+from common.errors import UserError, list_reasons
 from model.model_vlm import MiniMindVLM
-from trainer.batches import Batch, StepBatches, make_loader
-from trainer.checkpoints import Checkpoints, Progress
-from trainer.features import ImageEncoder, open_cache
-from trainer.fit import fit_batch_size
-from trainer.log import RunLog
+from trainer.auto_batch import fit_batch_size
+from trainer.collate import Batch, make_loader
+from trainer.feature_cache import open_cache
+from trainer.image_encoder import ImageEncoder
 from trainer.meter import LossWatch, Meter
+from trainer.run_log import RunLog
+from trainer.run_state import Checkpoints, Progress
 from trainer.runtime import Runtime
+from trainer.sampler import StepBatches
 
 SAVE_SECONDS = 60  # between saves, where --save_interval is not given
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, args, runtime: Runtime) -> None:
+def train(
+    model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, args, runtime: Runtime
+) -> None:
     """Train every parameter that requires a gradient; leave weights, log and curve in args.out_dir."""
     if args.batch_size == "auto":
         fit_batch_size(model, train_data, args, runtime)
     batches = StepBatches(
-        train_data.lengths, args.batch_size, args.accumulation_steps, runtime.rank, runtime.world_size, args.seed
+        train_data.lengths,
+        args.batch_size,
+        args.accumulation_steps,
+        runtime.rank,
+        runtime.world_size,
+        args.seed,
     )
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=args.learning_rate, fused=runtime.device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(
+        learned, lr=args.learning_rate, fused=runtime.device.type in ("cpu", "cuda")
+    )
     checkpoints = Checkpoints(model, optimizer, batches, args, runtime)
     progress = checkpoints.resume()
     first_step, total_steps = progress.step, count_steps(progress, batches, args)
     total_samples = min(
-        args.epochs * len(train_data), batches.samples_done + (total_steps - first_step) * batches.step_size
+        args.epochs * len(train_data),
+        batches.samples_done + (total_steps - first_step) * batches.step_size,
     )
     describe_run(args, train_data, learned, total_steps, runtime)
-    cache = open_cache(args, model, train_data.processor.image_processor, train_data.n_images, runtime)
-    images = ImageEncoder(model.vision_encoder, train_data.processor.image_processor, cache, runtime)
-    network = DistributedDataParallel(model, forward_sync_buffers=False) if runtime.world_size > 1 else model
+    cache = open_cache(
+        args, model, train_data.processor.image_processor, train_data.n_images, runtime
+    )
+    images = ImageEncoder(
+        model.vision_encoder, train_data.processor.image_processor, cache, runtime
+    )
+    network = (
+        DistributedDataParallel(model, forward_sync_buffers=False)
+        if runtime.world_size > 1
+        else model
+    )
     loader = make_loader(
         train_data,
         batches,
@@ -66,7 +86,9 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
     with failures_explained(args, checkpoints, log):
         steps = optimizer_steps(loader, batches, args, meter)
         for micro_batches in itertools.islice(steps, total_steps - first_step):
-            torch.manual_seed(args.seed + runtime.rank + runtime.world_size * progress.step)  # for dropout
+            torch.manual_seed(
+                args.seed + runtime.rank + runtime.world_size * progress.step
+            )  # for dropout
             rate = learning_rate(batches.samples_done, total_samples, args.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm_up(progress.step, args.warmup_iters)
@@ -86,9 +108,16 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
             is_log_due = is_end or progress.step % args.log_interval == 0
             is_save_due = is_end or (args.save_interval and progress.step % args.save_interval == 0)
             is_validation_due = val_data is not None and (
-                is_end or batches.steps_left == 0 or (args.val_interval and progress.step % args.val_interval == 0)
+                is_end
+                or batches.steps_left == 0
+                or (args.val_interval and progress.step % args.val_interval == 0)
             )
-            if not (is_log_due or is_save_due or is_validation_due or runtime.reads_every_step(progress.step)):
+            if not (
+                is_log_due
+                or is_save_due
+                or is_validation_due
+                or runtime.reads_every_step(progress.step)
+            ):
                 continue  # a GPU is not kept waiting
             loss, grad_norm = losses.read()
             log.show_loss(loss)
@@ -135,7 +164,9 @@ def train(model: MiniMindVLM, train_data: Dataset, val_data: Dataset | None, arg
 def count_steps(progress: Progress, batches: StepBatches, args) -> int:
     """Optimizer steps of the whole run, those before a resume among them."""
     full_epoch = -(-len(batches.lengths) // batches.step_size)
-    steps = progress.step + batches.steps_left + max(0, args.epochs - batches.epoch - 1) * full_epoch
+    steps = (
+        progress.step + batches.steps_left + max(0, args.epochs - batches.epoch - 1) * full_epoch
+    )
     return max(progress.step, min(steps, args.max_steps or steps))
 
 
@@ -149,7 +180,9 @@ def warm_up(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-def optimizer_steps(loader: DataLoader, batches: StepBatches, args, meter: Meter) -> Iterator[list[Batch]]:
+def optimizer_steps(
+    loader: DataLoader, batches: StepBatches, args, meter: Meter
+) -> Iterator[list[Batch]]:
     """The batches of every optimizer step that is left, epoch by epoch."""
     while batches.steps_left or batches.epoch + 1 < args.epochs:
         if not batches.steps_left:
@@ -162,7 +195,11 @@ def optimizer_steps(loader: DataLoader, batches: StepBatches, args, meter: Meter
 
 
 def accumulate_gradients(
-    network: nn.Module, images: ImageEncoder, micro_batches: list[Batch], meter: Meter, runtime: Runtime
+    network: nn.Module,
+    images: ImageEncoder,
+    micro_batches: list[Batch],
+    meter: Meter,
+    runtime: Runtime,
 ) -> torch.Tensor:
     """Add up the gradient of the mean loss over *all* label tokens of the step, on all ranks; returns that loss, float[]."""
     counts = [batch.n_labels for batch in micro_batches]
@@ -178,7 +215,9 @@ def accumulate_gradients(
                 with meter.timed("forward"):
                     loss = network(**batch.model_inputs(), image_features=image_features).loss
             with meter.timed("backward"):
-                (loss * (count * runtime.world_size / n_labels)).backward()  # DDP will divide by world_size
+                (
+                    loss * (count * runtime.world_size / n_labels)
+                ).backward()  # DDP will divide by world_size
             loss_sum += loss.detach() * count
     return runtime.sum_on_device(loss_sum) / n_labels
 
@@ -191,7 +230,11 @@ def validate(
     """Log the mean loss over all label tokens of `val_data`, shared out among the ranks; keep the best weights."""
     model.eval()
     batches = StepBatches(
-        val_data.lengths, args.batch_size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False
+        val_data.lengths,
+        args.batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        shuffle=False,
     )
     loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
     for batch in make_loader(val_data, batches, 0, images.find_features):
@@ -215,7 +258,9 @@ def count_workers(asked: int | None, runtime: Runtime) -> int:
     return min(8, os.cpu_count() or 1) if runtime.device.type == "cuda" else 0
 
 
-def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_steps: int, runtime: Runtime) -> None:
+def describe_run(
+    args, train_data: Dataset, learned: list[nn.Parameter], total_steps: int, runtime: Runtime
+) -> None:
     effective = args.batch_size * args.accumulation_steps * runtime.world_size
     runtime.say(
         f"learned: {sum(parameter.numel() for parameter in learned):,} parameters\n"
@@ -226,7 +271,9 @@ def describe_run(args, train_data: Dataset, learned: list[nn.Parameter], total_s
     if train_data.skipped:
         runtime.say(f"left out: {list_reasons(train_data.skipped)}")
     if train_data.repaired:
-        runtime.say(f"repaired: {train_data.repaired} rows had more <image> than images; the surplus is dropped")
+        runtime.say(
+            f"repaired: {train_data.repaired} rows had more <image> than images; the surplus is dropped"
+        )
 
 
 @contextmanager
@@ -238,13 +285,17 @@ def failures_explained(args, checkpoints: Checkpoints, log: RunLog):
         saved = checkpoints.describe_last()
         if isinstance(error, UserError):
             raise UserError(f"{error}{saved}") from error
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
+            error
+        ):
             raise UserError(
                 f"a batch does not fit in memory: lower --batch_size (now {args.batch_size}) and raise --accumulation_steps "
                 f"(now {args.accumulation_steps}) as much, or lower --max_seq_len (now {args.max_seq_len}){saved}"
             ) from error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise UserError(f"a file cannot be written ({error}): free some space{saved}") from error
+            raise UserError(
+                f"a file cannot be written ({error}): free some space{saved}"
+            ) from error
         if "DataLoader worker" in str(error):
             raise UserError(
                 f"a process that reads data died ({str(error).splitlines()[0]}): lower --num_workers or free some memory{saved}"
@@ -255,7 +306,12 @@ def failures_explained(args, checkpoints: Checkpoints, log: RunLog):
 
 
 def report_end(
-    checkpoints: Checkpoints, progress: Progress, first_step: int, total_steps: int, meter: Meter, runtime: Runtime
+    checkpoints: Checkpoints,
+    progress: Progress,
+    first_step: int,
+    total_steps: int,
+    meter: Meter,
+    runtime: Runtime,
 ) -> None:
     if meter.skipped:
         runtime.say(f"skipped while training: {list_reasons(meter.skipped)}")
@@ -267,4 +323,6 @@ def report_end(
             "the same command with --resume goes on"
         )
     out = checkpoints.weights
-    runtime.say(f"weights: {out}\ncurve: {out.with_suffix('.png')}\nlog: {out.with_suffix('.log.jsonl')}")
+    runtime.say(
+        f"weights: {out}\ncurve: {out.with_suffix('.png')}\nlog: {out.with_suffix('.log.jsonl')}"
+    )

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from model.errors import UserError
-from trainer.batches import Batch
+from common.errors import UserError
+from trainer.collate import Batch
 from trainer.runtime import Runtime
 
 PARTS = ("data", "vision", "forward", "backward", "optimizer")  # of a step
@@ -60,7 +60,9 @@ class Meter:
     def rates(self, runtime: Runtime) -> dict[str, float]:
         """Means over all ranks since the last call."""
         seconds = time.perf_counter() - self.since
-        images, labels, tokens, padding = runtime.sum_over_ranks(self.images, self.labels, self.tokens, self.padding)
+        images, labels, tokens, padding = runtime.sum_over_ranks(
+            self.images, self.labels, self.tokens, self.padding
+        )
         self.n_learned += labels
         rates = {
             "images_per_second": images / seconds,
@@ -68,7 +70,9 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "padding_share": padding / max(tokens, 1),
         }
-        rates |= {f"{part}_share": self.seconds[part] / seconds for part in PARTS if part in self.seconds}
+        rates |= {
+            f"{part}_share": self.seconds[part] / seconds for part in PARTS if part in self.seconds
+        }
         self._restart()
         return {name: round(rate, 4) for name, rate in rates.items()}
 
@@ -80,7 +84,9 @@ class LossWatch:
         self.data_path = data_path
         self._unread: list[tuple[int, torch.Tensor, list[int]]] = []
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, micro_batches: list[Batch]) -> None:
+    def add(
+        self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, micro_batches: list[Batch]
+    ) -> None:
         samples = sorted(index for batch in micro_batches for index in batch.indices)
         self._unread.append((step, torch.stack((loss, grad_norm)), samples))
 

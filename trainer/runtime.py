@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.errors import UserError
+from common.errors import UserError
 
 GPU_STEPS_UNREAD = 16  # steps that a GPU may be ahead of the host
 
@@ -99,7 +99,9 @@ class Runtime:
         """Bytes of the GPU, or of this process without one, in use at their height."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
     def close(self) -> None:
         if self.world_size > 1:
@@ -115,7 +117,9 @@ def start_runtime(args) -> Runtime:
     if world_size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
+        )
     runtime = Runtime(device, torch.float32, rank, world_size)
     runtime.dtype, reason = _choose_dtype(args.dtype, runtime)
     runtime.say(
@@ -152,8 +156,12 @@ def _choose_dtype(wanted: str, runtime: Runtime) -> tuple[torch.dtype, str]:
     if runtime.device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        is_faster = runtime.device.type == "cpu" and _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
-        has_bfloat16 = runtime.sum_over_ranks(is_faster)[0] == runtime.world_size  # one choice for all ranks
+        is_faster = runtime.device.type == "cpu" and _product_seconds(
+            torch.bfloat16
+        ) < _product_seconds(torch.float32)
+        has_bfloat16 = (
+            runtime.sum_over_ranks(is_faster)[0] == runtime.world_size
+        )  # one choice for all ranks
     if has_bfloat16:
         return torch.bfloat16, "weights stay float32"
     return torch.float32, "bfloat16 is not faster here"

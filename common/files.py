@@ -1,0 +1,87 @@
+"""The one way to write a file whole, the one hash, and the one way to read a picture's bytes."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import BadSampleError, UserError
+
+MAX_IMAGE_BYTES = 64 * 2**20  # of one picture's file
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to, which takes the place of `path` when it is whole and on disk.
+
+    Whenever the process or the machine stops, `path` is the old file or the new one, never a part
+    of it. Missing folders are made. UserError where the disk is full or the folder is read-only.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot write {path} ({error}): free some space or choose another folder; "
+            "an older file is intact"
+        ) from error
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file in one go, see `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the file's new name survive a power failure. Only POSIX systems can open a folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def hash_bytes(content: bytes | Iterable[bytes], size: int = 16) -> bytes:
+    """`size` bytes (BLAKE2b) that identify `content`, given whole or in parts."""
+    digest = hashlib.blake2b(digest_size=size)
+    for part in [content] if isinstance(content, bytes) else content:
+        digest.update(part)
+    return digest.digest()
+
+
+def hash_to_int(content: bytes) -> int:
+    """The same as a number of 64 bits, which fits into a NumPy array."""
+    return int.from_bytes(hash_bytes(content, size=8), "little")
+
+
+def read_image_bytes(source: Path | io.BytesIO) -> bytes:
+    """The bytes of a picture's file, still encoded.
+
+    BadSampleError where the file is missing or larger than MAX_IMAGE_BYTES.
+    """
+    try:
+        size = (
+            source.getbuffer().nbytes if isinstance(source, io.BytesIO) else os.path.getsize(source)
+        )
+        if size > MAX_IMAGE_BYTES:
+            limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
+            raise BadSampleError(
+                "image too large", limit if isinstance(source, io.BytesIO) else f"{source}: {limit}"
+            )
+        return source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
+    except OSError as error:
+        raise BadSampleError("image missing", f"{source} ({error.strerror})") from error

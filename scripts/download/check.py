@@ -1,0 +1,139 @@
+"""Whether downloaded files are what they should be: each is opened by the code that will use it.
+
+PyTorch and transformers take seconds to import, so only the checks that need them do it.
+"""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+
+from common.errors import BadSampleError, MissingFileError, UserError, list_reasons
+from dataset.images import open_images
+from dataset.rows import COLUMNS, JsonLinesRows
+from scripts.download.items import ITEMS, LAYERS, describe_files, find_files
+
+N_ROWS = 1000  # of a data set, that are looked at
+
+
+def check_item(name: str, root: Path) -> str:
+    """What is ready, in words. MissingFileError where files are missing, UserError where one is wrong."""
+    item, files = ITEMS[name], find_files(name, root)
+    folder = root / item.folder
+    if files is None:
+        raise MissingFileError(f"{describe_files(item)} in {item.folder}/")
+    if name == "clip":
+        return check_clip(folder)
+    if name == "tokenizer":
+        return check_tokenizer(folder)
+    if item.dim:
+        return ", ".join(check_weights(folder / file, item.dim) for file in files)
+    return (
+        check_parquet(folder / files[0])
+        if len(files) == 1
+        else check_rows(folder / files[0], folder / files[1])
+    )
+
+
+def check_clip(folder: Path) -> str:
+    from model.LMConfig import count_patches
+    from model.vision import load_vision_encoder
+
+    vision_encoder, _ = load_vision_encoder(folder)
+    return f"{count_patches(vision_encoder.config)} patches of {vision_encoder.config.hidden_size} numbers for an image"
+
+
+def check_tokenizer(folder: Path) -> str:
+    from model.LMConfig import LMConfig
+    from model.processing import load_tokenizer
+    from model.vision import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            tokenizer = load_tokenizer(folder)
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises nothing more precise for a damaged file
+        raise UserError(
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch it again"
+        ) from error
+    if len(tokenizer) != LMConfig().vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} knows {len(tokenizer)} tokens, not {LMConfig().vocab_size}: it does not belong to the "
+            "published weights; delete it and fetch it again"
+        )
+    return f"{len(tokenizer)} tokens"
+
+
+def check_weights(path: Path, dim: int) -> str:
+    """Every key and shape against the configuration, on a model without memory."""
+    import torch
+
+    from model.LMConfig import VLMConfig
+    from model.model_vlm import MiniMindVLM
+    from model.weights import load_weights, read_weights
+
+    weights = read_weights(path)
+    embeddings = weights.get("tok_embeddings.weight")
+    if embeddings is not None and embeddings.shape[-1] != dim:
+        raise UserError(
+            f"{path} is {embeddings.shape[-1]} wide, not {dim}: it is another model; delete it and fetch it again"
+        )
+    with torch.device("meta"):
+        model = MiniMindVLM(VLMConfig(dim=dim, n_layers=LAYERS[dim]))
+    load_weights(model, weights, path, language_only=path.name.startswith("lm_"))
+    return f"{path.name} fits dim {dim} with {LAYERS[dim]} layers"
+
+
+def check_rows(path: Path, archive: Path) -> str:
+    """Rows of a .jsonl, images of its .zip or of the folder unpacked from it, and whether the first rows' images are there."""
+    images = open_images(archive.with_suffix(""))
+    listed = images.list_names()  # None for an archive, which finds names by itself
+    n_images = len(images.entries if listed is None else listed)
+    rows = JsonLinesRows(path, images)
+    problems = Counter()
+    for _, _, row in islice(rows.scan(), N_ROWS):
+        try:
+            if row is None:
+                raise BadSampleError("not a JSON object")
+            if "conversations" not in row:
+                raise BadSampleError("no conversation")
+            rows.check_images(row, listed)
+        except BadSampleError as error:
+            problems[error.args[0]] += 1
+    with open(path, "rb") as file:
+        n_rows = sum(bool(line.strip()) for line in file)
+    n_first = min(n_rows, N_ROWS)
+    if problems.total() == n_first:
+        reasons = list_reasons(problems) or "it is empty"
+        raise UserError(
+            f"{path} has no usable row with {archive} ({reasons}): delete both and fetch them again"
+        )
+    notes = f"; of the first {n_first:,} rows {list_reasons(problems)}" if problems else ""
+    return f"{n_rows:,} rows, {n_images:,} images{notes}"
+
+
+def check_parquet(path: Path) -> str:
+    try:
+        file = parquet.ParquetFile(path)
+        n_rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
+        if not columns.issuperset(COLUMNS):
+            raise UserError(
+                f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: it is another file"
+            )
+        first = next(file.iter_batches(N_ROWS, columns=["image_bytes"])).column(0) if n_rows else []
+        n_images = sum(bool(image.as_py()) for image in first)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}): delete it and fetch it again"
+        ) from error
+    if not n_images:
+        raise UserError(
+            f"{path} has no images in its first {N_ROWS:,} of {n_rows:,} rows: it is another file"
+        )
+    return f"{n_rows:,} rows, images in {n_images:,} of the first {min(n_rows, N_ROWS):,}"

@@ -1,0 +1,330 @@
+"""Cleaning: what is repaired, what is rejected, and that nothing is lost on the way."""
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+from dataset.mixture import open_data
+from scripts.bench.clean import COPIES, plant, score
+from tests.dataset.test_rows import write_parquet, write_zip
+from tests.helpers import (
+    SHARED,
+    assistant,
+    needs_shared,
+    picture,
+    run_script,
+    start_script,
+    user,
+    write_rows,
+)
+
+
+def text_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """Rows with every kind of fault, and what becomes of each: raw.jsonl, images/."""
+    folder = tmp_path_factory.mktemp("raw")
+    (folder / "images/sub").mkdir(parents=True)
+    for index in range(40):
+        picture(index, (160, 160)).save(folder / f"images/{index}.png")
+    picture(3, (160, 160)).resize((90, 90)).save(folder / "images/near.jpg", quality=60)
+    (folder / "images/copy.png").write_bytes((folder / "images/4.png").read_bytes())
+    (folder / "images/cut.png").write_bytes((folder / "images/5.png").read_bytes()[:2000])
+    picture(50, (160, 160)).save(folder / "images/sub/deep.jpg")
+    rows = [
+        {
+            "image": f"{index}.png",
+            "conversations": [user("<image>\nWhat?"), assistant(f"This is picture {index}.")],
+        }
+        for index in range(40)
+    ]
+    rows += [
+        {"image": name, "conversations": [user("<image>\nWhat?"), assistant(f"A fault: {name}.")]}
+        for name in (
+            "near.jpg",
+            "copy.png",
+            "cut.png",
+            "missing.png",
+            "../raw.jsonl",
+            "sub/deep.jpg",
+        )
+    ]
+    rows += [
+        {
+            "image": "7.png",
+            "conversations": [user("<image>\nAgain?"), assistant("This is picture 7")],
+        },
+        {
+            "image": "8.png, 9.png, 10.png",
+            "conversations": [user("Which?"), assistant("The second of three.")],
+        },
+        {"conversations": [user("Hello"), assistant("Hello, how are you?")], "id": "\ud83d"},
+        *({"conversations": [user(f"{n}?"), assistant("Yes.")]} for n in range(5)),
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (folder / "raw.jsonl").write_bytes(
+        "\n".join([*lines, "{broken", "", "[]"]).encode() + b"\n\xff\xfe\n"
+    )
+    return folder
+
+
+def clean(raw: Path, out: Path, *flags) -> str:
+    finished = run_script(
+        "-m",
+        "dataset.clean",
+        raw / "raw.jsonl",
+        out,
+        "--images",
+        raw / "images",
+        "--max_repeats",
+        "3",
+        *flags,
+    )
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def test_every_row_is_kept_or_rejected_with_its_reason(raw, tmp_path, processor):
+    printed = clean(raw, tmp_path / "clean", "--val_share", "0.1", "--processes", "1")
+    rejects = [
+        json.loads(line) for line in (tmp_path / "clean/rejects.jsonl").read_text().splitlines()
+    ]
+    assert {reject["row"]: reject["reason"] for reject in rejects} == {
+        41: "image is nearly a copy", 42: "image is a copy", 43: "image damaged", 44: "image missing",
+        45: "image path leaves its folder", 47: "text is repeated", 53: "answer is boilerplate", 54: "answer is boilerplate",
+        55: "not a JSON object", 56: "not a JSON object", 57: "not a JSON object",
+    }  # fmt: skip
+    original = (raw / "raw.jsonl").read_bytes().decode("utf-8", "backslashreplace").splitlines()
+    original = [line for line in original if line]
+    assert all(reject["line"] == original[reject["row"] - 1] for reject in rejects)
+    assert rejects[0]["detail"] == "of one in row 4" and rejects[1]["detail"] == "of one in row 5"
+    report = json.loads((tmp_path / "clean/report.json").read_text())
+    kept = [
+        json.loads(line)
+        for part in ("train", "val")
+        for line in (tmp_path / f"clean/{part}.jsonl").read_text().splitlines()
+    ]
+    assert report["rows"] == {"read": 57, "train": 41, "val": 5, "rejected": 11} and len(kept) == 46
+    assert report["repairs"] == {"<image> added": 1} and "57 rows read = 41 for training" in printed
+    page = (tmp_path / "clean/report.html").read_text()
+    assert (
+        "image is nearly a copy" in page
+        and page.count("data:image/jpeg") > 12
+        and "http" not in page
+    )
+    assert not (tmp_path / "clean/.work").exists()
+    for part in ("train", "val"):
+        data = open_data(
+            [str(tmp_path / f"clean/{part}.jsonl")],
+            [str(tmp_path / "clean/images")],
+            processor,
+            200,
+        )
+        assert not data.skipped and all(
+            data[index]["input_ids"].numel() for index in range(len(data))
+        )
+    sizes = {Image.open(path).size for path in (tmp_path / "clean/images").rglob("*.jpg")}
+    assert sizes == {(128, 128)} and (tmp_path / "clean/images/sub/deep.jpg").is_file()
+
+
+def test_validation_shares_no_picture_with_training(raw, tmp_path):
+    clean(raw, tmp_path / "clean", "--val_share", "0.4")
+    shown = {}
+    for part in ("train", "val"):
+        rows = map(json.loads, (tmp_path / f"clean/{part}.jsonl").read_text().splitlines())
+        shown[part] = {
+            name.strip() for row in rows for name in row.get("image", "").split(",") if name.strip()
+        }
+    assert shown["train"] and shown["val"] and not shown["train"] & shown["val"]
+    assert (
+        len(
+            {
+                part
+                for part in shown
+                for name in ("8.png.jpg", "9.png.jpg", "10.png.jpg")
+                if name in shown[part]
+            }
+        )
+        == 1
+    )
+
+
+def test_stopped_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, tmp_path):
+    """Whatever the number of processes, and from a .zip as from a folder."""
+    clean(raw, tmp_path / "whole", "--processes", "1")
+    expected = text_of(tmp_path / "whole")
+    command = (
+        "-m",
+        "dataset.clean",
+        raw / "raw.jsonl",
+        tmp_path / "stopped",
+        "--images",
+        raw / "images",
+        "--max_repeats",
+        "3",
+    )
+    work = tmp_path / "stopped/.work"
+    for milestone in (
+        "settings.json",
+        "keys.npy",
+        "rows-000000.npz",
+        "images.npy",
+        "images-000000.npz",
+    ):
+        process = start_script(*command, "--processes", "2", start_new_session=True)
+        while process.poll() is None and not (work / milestone).is_file():
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if not (
+        tmp_path / "stopped/report.html"
+    ).is_file():  # it may have been faster than the last signal
+        printed = clean(raw, tmp_path / "stopped", "--processes", "3")
+        assert "going on with the cleaning" in printed
+    stopped = text_of(tmp_path / "stopped")
+    assert stopped.keys() == expected.keys()
+    differing = [name for name in expected if stopped[name] != expected[name]]
+    assert differing == ["report.json"], "which names the folder"
+    finished = run_script(*command[:3], tmp_path / "stopped")
+    assert finished.returncode == 2 and "is not empty: choose a new folder" in finished.stdout
+
+
+def test_no_process_outlives_a_killed_cleaning(raw, tmp_path):
+    process = start_script(
+        "-m", "dataset.clean", raw / "raw.jsonl", tmp_path / "clean", "--images", raw / "images"
+    )
+    while process.poll() is None and not (tmp_path / "clean/.work/rows-000000.npz").is_file():
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(timeout=20)  # the workers hold its standard output open while they live
+
+
+def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
+    command = (
+        "-m",
+        "dataset.clean",
+        raw / "raw.jsonl",
+        tmp_path / "clean",
+        "--images",
+        raw / "images",
+    )
+    process = start_script(
+        *command, "--processes", "2", "--keep_repeats", "--keep_duplicates", start_new_session=True
+    )
+    while process.poll() is None and not (tmp_path / "clean/.work/keys.npy").is_file():
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate()
+    assert (
+        process.returncode == 130 and printed.endswith("stopped\n") and "Traceback" not in printed
+    ), printed
+    printed = clean(raw, tmp_path / "all", "--keep_repeats", "--keep_duplicates")
+    assert (
+        "text is repeated" not in printed and "copy" not in printed and "image damaged" in printed
+    )
+
+
+def test_parquet_in_and_out(tmp_path, processor):
+    rows = []
+    for index in range(20):
+        buffer = io.BytesIO()
+        picture(index, (150, 150)).save(buffer, "PNG")
+        rows.append((f"This is picture number {index}.", [buffer.getvalue()]))
+    rows += [
+        ("The first again, and another.", [rows[0][1][0], rows[1][1][0]]),
+        ("A damaged one is here.", [b"nothing"]),
+    ]
+    path = write_parquet(tmp_path / "raw.parquet", rows)
+    finished = run_script(
+        "-m", "dataset.clean", path, tmp_path / "clean", "--format", "parquet", "--val_share", "0.1"
+    )
+    assert finished.returncode == 0, finished.stdout
+    data = open_data(
+        [str(tmp_path / "clean/train-*.parquet"), str(tmp_path / "clean/val-*.parquet")],
+        None,
+        processor,
+        200,
+    )
+    assert len(data) == 21 and not data.skipped
+    assert Image.open(data.read(0)[1][0]).size == (128, 128)
+    rejects = parquet.read_table(tmp_path / "clean/rejects-00000.parquet").to_pylist()
+    assert [(reject["row"], reject["reason"]) for reject in rejects] == [(22, "image damaged")]
+    assert rejects[0]["image_bytes"] == [b"nothing"], "a row with the bytes it came with"
+
+
+def test_an_archive_whose_names_leave_the_folder(tmp_path):
+    buffer = io.BytesIO()
+    picture(1, (64, 64)).save(buffer, "JPEG")
+    write_zip(
+        tmp_path / "images.zip",
+        {"../../evil.jpg": buffer.getvalue(), "good.jpg": buffer.getvalue()},
+    )
+    rows = [
+        {"image": name, "conversations": [user("<image>?"), assistant(f"It is {name}.")]}
+        for name in ("../../evil.jpg", "good.jpg")
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    finished = run_script(
+        "-m",
+        "dataset.clean",
+        tmp_path / "rows.jsonl",
+        tmp_path / "a/b/clean",
+        "--images",
+        tmp_path / "images.zip",
+    )
+    assert finished.returncode == 0 and "image path leaves its folder" in finished.stdout
+    assert not list(tmp_path.rglob("evil.jpg"))
+
+
+def test_what_stops_a_cleaning_is_said_in_one_line(tmp_path):
+    write_rows(tmp_path / "empty.jsonl", [])
+    write_rows(tmp_path / "rows.jsonl", [{"conversations": [user("Q"), assistant("An answer")]}])
+    for command, message in (
+        (("none.jsonl", "out"), "error: no data at none.jsonl"),
+        ((tmp_path / "empty.jsonl", tmp_path / "out"), "has no rows"),
+        ((tmp_path / "rows.jsonl", tmp_path), "is not empty: choose a new folder"),
+        (
+            (tmp_path / "rows.jsonl", tmp_path / "x", "--val_share", "2"),
+            "--val_share is 2.0: it has to be from 0 to 0.5",
+        ),
+    ):
+        finished = run_script("-m", "dataset.clean", *command)
+        assert (
+            finished.returncode == 2
+            and message in finished.stdout
+            and "Traceback" not in finished.stdout
+        )
+
+
+@needs_shared
+def test_copies_of_real_photographs_are_found(tmp_path):
+    truth = plant(SHARED / "flickr8k", tmp_path, 400)
+    finished = run_script(
+        "-m",
+        "dataset.clean",
+        tmp_path / "rows.jsonl",
+        tmp_path / "clean",
+        "--images",
+        tmp_path / "images",
+    )
+    assert finished.returncode == 0, finished.stdout
+    rejects = [
+        json.loads(line)
+        for line in (tmp_path / "clean/rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    found = {reject["row"] for reject in rejects if reject["reason"] in COPIES}
+    precision, recall = score(found, set(truth["near copy"] + truth["exact copy"]))
+    assert precision > 0.97 and recall > 0.97, (precision, recall)
+    assert {r["row"] for r in rejects if r["reason"] == "image damaged"} == set(truth["truncated"])

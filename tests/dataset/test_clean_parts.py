@@ -1,0 +1,192 @@
+"""Parts of a cleaning: repairs of text and turns, fingerprints of pictures."""
+
+import io
+import os
+import resource
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.errors import BadSampleError
+from dataset.clean.decide import count_repairs, read_chunks
+from dataset.clean.duplicates import MAX_DISTANCE, find_duplicates, near_hashes
+from dataset.clean.pictures import examine_image, shrink
+from dataset.clean.repair import Limits, check_answers, repair_conversation, repair_text
+from dataset.clean.stages import save_arrays
+from model.processing import IMAGE_TAG, check_conversation, match_image_tags
+from tests.helpers import assistant, picture, user
+
+contents = st.lists(
+    st.sampled_from([IMAGE_TAG, "a", " ", "图", "\n", "Ã©", "\x00", "", "What?"]), max_size=5
+).map("".join)
+turns = st.fixed_dictionaries(
+    {"content": contents},
+    optional={"role": st.sampled_from(["user", "assistant", "human", "gpt", "", None])},
+)
+
+
+@given(st.lists(turns, max_size=6), st.integers(0, 3))
+def test_a_repaired_row_can_be_learned_from_and_needs_no_second_repair(conversation, n_images):
+    try:
+        repaired, repairs = repair_conversation(conversation, n_images)
+    except BadSampleError:
+        return
+    checked = check_conversation(repaired)
+    assert [turn["role"] for turn in repaired][-1] == "assistant"
+    assert match_image_tags(checked, n_images)[1] == 0, "as many tags as images"
+    assert repair_conversation(repaired, n_images) == (repaired, []), "nothing is left to repair"
+    if not repairs:
+        assert [turn["content"].strip() for turn in conversation] == [
+            turn["content"] for turn in repaired
+        ]
+
+
+def test_repairs_of_text():
+    for broken, whole in (
+        ("cafÃ© and â€œquotesâ€\x9d", "café and “quotes”"),
+        ("a\x00b\x1b[31mred\x07", "abred"),
+        ("e\u0301", "é"),
+        (
+            " ，全角Ａ！ﬁne ",
+            "，全角Ａ！ﬁne",
+        ),  # what people write stays: full-width signs, ligatures
+        ("&lt;image&gt; &amp; text", "<image> & text"),
+    ):
+        assert repair_text(broken, []) == whole
+    with pytest.raises(BadSampleError, match="lost characters"):
+        repair_conversation([user("x"), assistant("half a \ud83d character")], 0)
+
+
+def test_repairs_of_turns():
+    llava = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    assert repair_conversation(llava, 1) == (
+        [user("<image>\nWhat?"), assistant("A cat.")],
+        ["<image> added", "role renamed", "turn named from and value"],
+    )
+    joined = [user("<image>\nHi"), user("there"), assistant("Yes."), user("No answer to this")]
+    assert repair_conversation(joined, 1)[0] == [user("<image>\nHi\nthere"), assistant("Yes.")]
+    blank = [
+        {"role": "system", "content": "S"},
+        user("<image>"),
+        assistant(" "),
+        user("What?"),
+        assistant("A dog."),
+    ]
+    assert repair_conversation(blank, 1)[0] == [
+        blank[0],
+        user("<image>\nWhat?"),
+        assistant("A dog."),
+    ]
+    assert repair_conversation([{"content": "Q"}, {"content": "A"}], 0)[0] == [
+        user("Q"),
+        assistant("A"),
+    ]
+    for bad, reason in (
+        ([assistant("first"), user("second")], "wrong roles|no answer"),
+        ([user("only a question")], "no answer"),
+        ([user("x"), {"role": "assistant"}], "turn without text content"),
+        ("text", "no conversation"),
+        ([], "no conversation"),
+    ):
+        with pytest.raises(BadSampleError, match=reason):
+            repair_conversation(bad, 0)
+
+
+def test_limits_of_answers():
+    rows = [user("Q"), assistant("Ein Hund läuft über die grüne Wiese und bellt laut.")]
+    assert check_answers(rows, Limits(languages=("de",))) and check_answers(rows, Limits())
+    for limits, reason in (
+        (Limits(languages=("en", "zh")), "other language"),
+        (Limits(min_answer=60), "answer too short"),
+        (Limits(max_answer=20), "answer too long"),
+    ):
+        with pytest.raises(BadSampleError, match=reason):
+            check_answers(rows, limits)
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=60, unique=True),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=30)
+def test_the_search_for_near_hashes_misses_none(hashes, random):
+    for hash in list(hashes[:20]):
+        flips = random.sample(range(64), random.randint(1, 9))
+        hashes.append(hash ^ sum(1 << bit for bit in flips))
+    unique = np.unique(np.array(hashes, np.uint64))
+    starts, numbers = near_hashes(unique)
+    distance = np.bitwise_count(unique[:, None] ^ unique[None])
+    for k in range(len(unique)):
+        assert (
+            sorted(numbers[starts[k] : starts[k + 1]])
+            == np.flatnonzero(distance[k] <= MAX_DISTANCE).tolist()
+        )
+
+
+def test_a_copy_is_of_a_picture_that_stays():
+    """No chain: each picture is near the one before, the last is far from the first. Companions are no copies."""
+    hashes = np.array([0b0, 0b11111, 0b11111_11111, 2**63 - 1, 0b0], np.uint64)
+    digests = np.array([1, 2, 3, 4, 1], np.uint64)
+    thumbnails = np.zeros((5, 8, 8, 3), np.uint8)
+    none = np.empty((0, 2), np.int64)
+    repeats, is_near = find_duplicates(digests, hashes, thumbnails, none)
+    assert repeats.tolist() == [-1, 0, -1, -1, 0] and is_near.tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    repeats, _ = find_duplicates(digests, hashes, thumbnails, np.array([[1, 0], [0, 4]]))
+    assert repeats.tolist() == [-1, -1, 1, -1, -1]
+    thumbnails[1, 3, 3, 0] = 200  # of the same pattern in another colour
+    assert find_duplicates(digests, hashes, thumbnails, none)[0].tolist() == [-1, -1, -1, -1, 0]
+
+
+def test_pictures_are_made_small_and_left_alone_where_they_are():
+    buffer = io.BytesIO()
+    picture(size=(128, 128)).save(buffer, "JPEG", quality=40)
+    kept = examine_image(io.BytesIO(buffer.getvalue()), Limits(), 128)
+    assert kept.encoded == buffer.getvalue() and kept.size == (128, 128)
+    small = Image.open(
+        io.BytesIO(examine_image(io.BytesIO(buffer.getvalue()), Limits(), 64).encoded)
+    )
+    assert small.size == (64, 64) and small.format == "JPEG"
+    png = io.BytesIO()
+    picture(size=(200, 120)).convert("RGBA").save(png, "PNG")
+    assert Image.open(io.BytesIO(shrink(picture(size=(200, 120)), png.getvalue(), 0))).size == (
+        200,
+        120,
+    )
+    for content, reason in (
+        (buffer.getvalue()[: len(buffer.getvalue()) // 2], "image damaged"),
+        (b"no picture", "image damaged"),
+    ):
+        assert examine_image(io.BytesIO(content), Limits(), 128).reason == reason
+    assert (
+        examine_image(io.BytesIO(png.getvalue()), Limits(min_side=121), 0).reason
+        == "image too small"
+    )
+    assert (
+        examine_image(io.BytesIO(png.getvalue()), Limits(max_aspect=1.5), 0).reason
+        == "image too narrow"
+    )
+
+
+def test_chunks_may_be_more_than_files_that_can_be_open(tmp_path):
+    for chunk in range(300):
+        save_arrays(
+            tmp_path / f"rows-{chunk:06d}.npz",
+            number=np.array([chunk]),
+            repairs=np.array('{"x": 1}'),
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        assert read_chunks(tmp_path, "rows", ("number",))["number"].tolist() == list(range(300))
+        assert count_repairs(tmp_path) == {"x": 300}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,233 @@
+"""The rendered set: held-out combinations stay unseen, answers are true, files are in the published formats."""
+
+import itertools
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.scenes.scene import (
+    COLORS,
+    IMAGE_SIZE,
+    MAX_THINGS,
+    SHAPES,
+    SIZES,
+    change_one,
+    combinations,
+    draw_scene,
+    is_held_out,
+    sample_scene,
+)
+from dataset.scenes.text import (
+    LANGUAGES,
+    PAIR_TYPES,
+    QUESTION_TYPES,
+    TEMPLATES,
+    WORDS,
+    ask,
+    describe,
+)
+from dataset.scenes.write import dialogue_row, eval_row, pretrain_row, text_row, write_scene_set
+from model.processing import load_tokenizer
+from tests.helpers import TOKENIZER
+
+
+def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
+    train, held_out = set(combinations(False)), set(combinations(True))
+    assert not train & held_out and len(train) == 108 and len(held_out) == 36
+    for side in (train, held_out):
+        assert (
+            {c for c, _, _ in side} == set(COLORS)
+            and {s for _, s, _ in side} == set(SHAPES)
+            and {z for *_, z in side} == set(SIZES)
+        )
+    pairs = Counter((color, shape) for color, shape, _ in train)
+    assert len(pairs) == 48 and min(pairs.values()) >= 2, (
+        "every colour-shape pair keeps two sizes in training"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9))
+def test_no_row_for_training_shows_a_held_out_combination(seed):
+    for make_row in (pretrain_row, dialogue_row):
+        for scene in make_row(random.Random(seed), 0)[1]:
+            assert not any(is_held_out(*thing.combination) for thing in scene.things)
+    for scene in eval_row(random.Random(seed), seed % 16)[1]:
+        assert all(is_held_out(*thing.combination) for thing in scene.things)
+    text = text_row(random.Random(seed), 0)[0]["conversations"][0]["content"]
+    things = re.findall(r"(small|medium|large) (\w+) (\w+) [A-G][1-7]", text)
+    assert things
+    for size, color, shape in things:
+        assert not is_held_out(color, shape, size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.booleans())
+def test_things_are_inside_and_apart(seed, held_out):
+    scene = sample_scene(random.Random(seed), held_out)
+    assert 1 <= len(scene.things) <= MAX_THINGS
+    assert len({thing.patch for thing in scene.things}) == len(scene.things)
+    for thing in scene.things:
+        assert SIZES[thing.size] - 2 <= min(
+            thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y
+        )
+    picture = np.asarray(draw_scene(scene)).astype(int)
+    assert picture.shape == (224, 224, 3) and np.array_equal(picture, np.asarray(draw_scene(scene)))
+    for thing in scene.things:
+        assert np.abs(picture[thing.y, thing.x] - COLORS[thing.color]).max() <= 14, (
+            "its colour is at its centre"
+        )
+
+
+ENGLISH = {chinese: english for english, chinese in WORDS.items()}
+
+
+def words_in(text: str) -> list[str]:
+    """The known words of a text in English, in their order, and its places and numbers."""
+    known = "|".join(sorted([*WORDS, *WORDS.values()], key=len, reverse=True))
+    return [ENGLISH.get(found, found) for found in re.findall(rf"{known}|[A-G][1-7]|\d", text)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(LANGUAGES))
+def test_answers_follow_from_the_description_alone(seed, language):
+    """Answer every single-image question again from nothing but the English description of the scene."""
+    rng = random.Random(seed)
+    scene = sample_scene(rng, held_out=bool(seed % 2))
+    things = re.findall(r"(\w+) (\w+) (\w+) ([A-G][1-7])", describe(scene.things, "en"))
+    assert len(things) == len(scene.things)
+    for question_type in ("color", "shape", "size", "count", "relation"):
+        question = ask(rng, question_type, (scene,), language)
+        if question is None:
+            continue
+        asked, answer = words_in(question.text), words_in(question.answer)
+        if question_type == "relation":
+            pairs = [(w, s) for w, s in itertools.pairwise(asked) if w in COLORS and s in SHAPES]
+            places = [
+                place for pair in pairs for _, *found, place in things if tuple(found) == pair
+            ]
+            assert [w for w in answer if re.fullmatch("[A-G][1-7]", w)] == places
+            one, other = (
+                place[0] if {"left", "right"} & set(asked) else place[1] for place in places
+            )
+            expected = {
+                "left": one < other,
+                "right": one > other,
+                "above": one < other,
+                "below": one > other,
+            }
+            assert answer[-1] in asked and expected[answer[-1]]
+            continue
+        fitting = [t for t in things if all(w in t for w in asked if w in COLORS or w in SHAPES)]
+        if question_type == "count":
+            assert answer[-1] == str(len(fitting))
+        else:
+            assert len(fitting) == 1 and answer[-1] in fitting[0] and answer[-1] not in asked
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(["color", "shape", "size", "place"]))
+def test_a_changed_scene_differs_in_one_aspect(seed, aspect):
+    rng = random.Random(seed)
+    first = sample_scene(rng, held_out=False)
+    second = change_one(rng, first, aspect)
+    if second:
+        words = words_in(ask(rng, "difference", (first, second), "zh").answer)
+        differs = [
+            name
+            for name, old, new in zip(("size", "color", "shape", "place"), words, words[4:])
+            if old != new
+        ]
+        assert len(words) == 8 and differs == [aspect]
+        assert (
+            words_in(ask(rng, "difference", (second, first), "en").answer) == words[4:] + words[:4]
+        )
+        assert not any(is_held_out(*thing.combination) for thing in second.things)
+
+
+def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
+    sizes = {"lm": 40, "pretrain": 20, "sft": 40, "eval": 32}
+    write_scene_set(tmp_path / "a", sizes)
+    write_scene_set(tmp_path / "b", sizes)
+    names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in names
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "a/eval_vlm_data.jsonl").read_text().splitlines()
+    ]
+    assert Counter(row["type"] for row in rows) == dict.fromkeys(QUESTION_TYPES, 4)
+    for row in rows:
+        images = row["image"].split(", ")
+        assert (
+            len(images)
+            == (2 if row["type"] in PAIR_TYPES else 1)
+            == row["conversations"][0]["content"].count("<image>")
+        )
+        assert all((tmp_path / "a/eval_images" / name).is_file() for name in images)
+    text_rows = (tmp_path / "a/lm_data.jsonl").read_text()
+    assert "<image>" not in text_rows and '"image"' not in text_rows
+
+
+@pytest.mark.parametrize("word", [*COLORS, *SHAPES, *SIZES, *(str(n) for n in range(1, 8))])
+def test_every_attribute_is_one_token_wherever_it_stands(word):
+    tokenizer = load_tokenizer(TOKENIZER)
+    assert len(tokenizer.tokenize(f" {word}")) == 1
+    if word in WORDS:
+        alone = tokenizer.tokenize(WORDS[word])
+        for before in (WORDS["red"], WORDS["large"], ""):
+            tokens = tokenizer.tokenize(before + WORDS[word] + TEMPLATES["color"]["zh"][0][7:])
+            assert len(alone) == 1 and alone[0] in tokens
+
+
+def test_tokenizer_script_gives_the_shipped_tokenizer_again(tmp_path):
+    from tests.helpers import run_script
+
+    assert run_script("-m", "scripts.demo.train_tokenizer", "--out_dir", tmp_path).returncode == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text() == (TOKENIZER / name).read_text()
+
+
+def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
+    """<= 8 MB shipped; two short runs of each training script give the same bytes."""
+    from tests.helpers import ROOT, run_script
+
+    stand_ins = [ROOT / "model/demo/vision_model/model.safetensors", ROOT / "model/demo/lm_128.pth"]
+    assert sum(path.stat().st_size for path in stand_ins) <= 8e6
+    for folder in ("a", "b"):
+        finished = run_script(
+            "-m",
+            "scripts.demo.train_vision_encoder",
+            "--steps",
+            "3",
+            "--batch_size",
+            "4",
+            "--eval_scenes",
+            "4",
+            "--out_dir",
+            tmp_path / folder,
+        )
+        assert finished.returncode == 0, finished.stdout
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (
+        tmp_path / "b/model.safetensors"
+    ).read_bytes()
+    for name in ("a.pth", "b.pth"):
+        finished = run_script(
+            "-m",
+            "scripts.demo.train_base",
+            "--max_steps",
+            "3",
+            "--eval_rows",
+            "8",
+            "--out_file",
+            tmp_path / name,
+        )
+        assert finished.returncode == 0, finished.stdout
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()

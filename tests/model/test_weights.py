@@ -1,0 +1,146 @@
+"""Published weight files load; whatever does not fit is refused by name, never half-loaded."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import MissingFileError, UserError
+from model.LMConfig import LMConfig, VLMConfig
+from model.model_lm import MiniMindLM
+from model.model_vlm import MiniMindVLM
+from model.weights import load_weights, read_weights, save_atomically, weights_to_save
+from tests.helpers import small_model
+
+
+def published_keys(n_layers: int) -> set[str]:
+    """The key names of the early-2025 files, written out independently of the model."""
+    parts = (
+        [f"attention.w{x}" for x in "qkvo"]
+        + [f"feed_forward.w{x}" for x in "123"]
+        + ["attention_norm", "ffn_norm"]
+    )
+    keys = {f"layers.{layer}.{part}.weight" for layer in range(n_layers) for part in parts}
+    return keys | {
+        "tok_embeddings.weight",
+        "norm.weight",
+        "output.weight",
+        "vision_proj.vision_proj.0.weight",
+        "vision_proj.vision_proj.0.bias",
+    }
+
+
+def test_keys_are_the_published_ones():
+    assert set(weights_to_save(small_model())) == published_keys(2)
+    with torch.device("meta"):
+        assert set(weights_to_save(MiniMindVLM(VLMConfig()))) == published_keys(8)
+
+
+def test_a_published_file_loads_with_its_buffers(tmp_path):
+    """Half precision, attention masks, RoPE tables and CLIP weights, as different published files carry them."""
+    source = small_model(seed=1)
+    weights = {name: weight.half() for name, weight in weights_to_save(source).items()}
+    weights |= {f"layers.{i}.attention.mask": torch.ones(1, 1, 8, 8) for i in range(2)}
+    weights |= {
+        "mask": torch.ones(8, 8),
+        "pos_cis": torch.ones(8, 4, dtype=torch.complex64),
+        "vision_encoder.x": torch.ones(2),
+    }
+    torch.save(weights, tmp_path / "sft_vlm_64.pth")
+    model = small_model(seed=2)
+    load_weights(model, read_weights(tmp_path / "sft_vlm_64.pth"), "file")
+    for name, weight in weights_to_save(model).items():
+        assert torch.equal(weight, weights_to_save(source)[name].half().float()), name
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_a_base_language_model_has_no_projector(tmp_path):
+    weights = MiniMindLM(LMConfig(dim=64, n_layers=2, n_heads=4, vocab_size=672)).state_dict()
+    model = small_model()
+    projector = model.vision_proj.vision_proj[0].weight.clone()
+    load_weights(model, weights, "lm_64.pth", language_only=True)
+    assert torch.equal(model.vision_proj.vision_proj[0].weight, projector)
+    with pytest.raises(
+        UserError,
+        match=r"missing: vision_proj.vision_proj.0.bias, vision_proj.vision_proj.0.weight",
+    ):
+        load_weights(model, weights, "lm_64.pth")
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = small_model()
+    weights = weights_to_save(model)
+    without = {
+        name: weight for name, weight in weights.items() if name != "layers.1.attention.wq.weight"
+    }
+    with pytest.raises(
+        UserError, match=r"missing: layers.1.attention.wq.weight; unexpected: extra.weight"
+    ):
+        load_weights(model, without | {"extra.weight": torch.ones(1)}, "x.pth")
+    with pytest.raises(UserError, match=r"layers.0.ffn_norm.weight \(65,\) instead of \(64,\)"):
+        load_weights(model, weights | {"layers.0.ffn_norm.weight": torch.ones(65)}, "x.pth")
+    with pytest.raises(UserError, match=r"dim 128 with 3 layers.*--dim 128 --n_layers 3"):
+        load_weights(model, weights_to_save(small_model(dim=128, n_layers=3)), "x.pth")
+    with pytest.raises(UserError, match="knows 700 tokens but the tokenizer has 672"):
+        load_weights(model, weights_to_save(small_model(vocab_size=700)), "x.pth")
+    with pytest.raises(UserError, match="no MiniMind language model"):
+        load_weights(model, {"lm_head.weight": torch.ones(3)}, "x.pth")
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    with pytest.raises(MissingFileError, match="python -m scripts.download lm-512"):
+        read_weights(tmp_path / "lm_512.pth")
+    save_atomically(weights_to_save(small_model()), tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 10):
+        (tmp_path / "cut.pth").write_bytes(content[:size])
+        with pytest.raises(UserError, match="damaged"):
+            read_weights(tmp_path / "cut.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no state dict"):
+        read_weights(tmp_path / "list.pth")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_weights_file_cannot_run_code(tmp_path):
+    torch.save({"tok_embeddings.weight": Malicious(str(tmp_path / "pwned"))}, tmp_path / "bad.pth")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(Malicious(str(tmp_path / "pwned")), protocol=2))
+    for name in ("bad.pth", "bad.pkl"):
+        with pytest.raises(UserError, match="damaged or not a weights file"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pth"
+    save_atomically({"a": torch.ones(2)}, path)
+    with pytest.raises(Exception, match="pickle"):
+        save_atomically({"a": lambda: 0}, path)
+    assert (
+        torch.equal(read_weights(path)["a"], torch.ones(2)) and len(list(tmp_path.iterdir())) == 1
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*an older file is intact"):
+        save_atomically({"a": torch.ones(2)}, tmp_path / "file" / "model.pth")
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]),
+    st.sampled_from(["pth", "safetensors"]),
+)
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, start, ending):
+    path = tmp_path_factory.mktemp("bytes") / f"lm_512.{ending}"
+    path.write_bytes(start + content)
+    with pytest.raises(UserError, match="is damaged or not a weights file|holds no state dict"):
+        read_weights(path)

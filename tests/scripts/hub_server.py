@@ -1,0 +1,224 @@
+"""A small hub on this machine that answers huggingface_hub and modelscope as the real ones do, and fails on request."""
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (
+    10**6
+)  # bytes from which a file is listed with its SHA-256 and served from another host, as Git LFS does it
+
+
+class Request(NamedTuple):
+    file: str  # name of the file that was asked for
+    start: int  # first byte
+    host: str
+    authorization: str | None
+
+
+class HubServer:
+    """`repos[kind, name]` holds the files of a repository: {file name: bytes}.
+
+    Faults, each by file name: `cut_after` closes the connection once after so many bytes, then `reset_after` resets it once,
+    then `stall_after` goes silent until `resume` is set; `gone` files are listed but answered with 404, `replaced` ones
+    served with other bytes, `sizes` are listed in place of the true ones. With `portal`, a page of text answers everything.
+    `requests` are the files that were asked for, in order.
+    """
+
+    def __init__(self):
+        self.repos: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.cut_after: dict[str, int] = {}
+        self.reset_after: dict[str, int] = {}
+        self.stall_after: dict[str, int] = {}
+        self.gone: set[str] = set()
+        self.replaced: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
+        self.portal = False
+        self.requests: list[Request] = []
+        self.sent: dict[str, int] = {}  # bytes of each file's last answer
+        self.resume = threading.Event()
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self.server.server_address[1]
+
+    def close(self) -> None:
+        self.resume.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def env(self, home: Path) -> dict[str, str]:
+        """What sends both clients here, with nothing of the person's own settings."""
+        here = f"http://127.0.0.1:{self.port}"
+        return {
+            "HF_ENDPOINT": here, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret",
+            "MODELSCOPE_DOMAIN": here, "MODELSCOPE_HOME": str(home / "ms"), "MODELSCOPE_CACHE": str(home / "ms_cache"),
+            "no_proxy": "*",
+        }  # fmt: skip
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *_args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.hub.portal:
+            return self.send_body(b"<html>Please log in.</html>", "text/html")
+        url = urlsplit(self.path)
+        path, query = (
+            unquote(url.path),
+            {key: values[0] for key, values in parse_qs(url.query).items()},
+        )
+        for pattern, answer in (
+            (r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.list_huggingface),
+            (r"/((?:datasets/)?)([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve_huggingface),
+            (r"/storage/(model|dataset)/([^/]+/[^/]+)/(.+)", self.send_file),
+            (r"/api/v1/(model|dataset)s/([^/]+/[^/]+)/repo/(?:files|tree)", self.list_modelscope),
+            (
+                r"/api/v1/(model|dataset)s/([^/]+/[^/]+)/repo",
+                lambda *found: self.send_file(*found, query["FilePath"]),
+            ),
+            (r"/api/v1/repos/internalAccelerationInfo", lambda: self.send_json({"Data": {}})),
+        ):
+            if found := re.fullmatch(pattern, path):
+                return answer(*found.groups())
+        return self.send_json({"error": f"no such page: {path}"}, 404)
+
+    def listed(self, kind: str, repo: str) -> list[tuple[str, bytes, int]]:
+        files = self.hub.repos[kind, repo]
+        return [
+            (name, content, self.hub.sizes.get(name, len(content)))
+            for name, content in files.items()
+        ]
+
+    def list_huggingface(self, kind: str, repo: str) -> None:
+        if (kind, repo) not in self.hub.repos:
+            return self.send_json(
+                {"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"}
+            )
+        siblings = []
+        for name, content, size in self.listed(kind, repo):
+            entry = {
+                "rfilename": name,
+                "size": size,
+                "blobId": hashlib.sha1(b"blob %d\0" % size + content).hexdigest(),
+            }
+            if size >= LARGE:
+                entry["lfs"] = {
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "size": size,
+                    "pointerSize": 134,
+                }
+            siblings.append(entry)
+        return self.send_json(
+            {"_id": "1", "id": repo, "sha": COMMIT, "private": False, "siblings": siblings}
+        )
+
+    def resolve_huggingface(self, datasets: str, repo: str, revision: str, name: str) -> None:
+        kind = "dataset" if datasets else "model"
+        content = self.hub.repos.get((kind, repo), {}).get(name, b"")
+        if revision != COMMIT:
+            return self.send_json(
+                {"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"}
+            )
+        if len(content) < LARGE or name in self.hub.gone:
+            return self.send_file(kind, repo, name)
+        self.send_response(302)
+        self.send_header(
+            "Location", f"http://localhost:{self.hub.port}/storage/{kind}/{repo}/{name}"
+        )
+        self.send_header("Content-Length", "0")
+        return self.end_headers()
+
+    def list_modelscope(self, kind: str, repo: str) -> None:
+        if (kind, repo) not in self.hub.repos:
+            return self.send_json(
+                {"Code": 10010205001, "Message": "not found", "Success": False}, 404
+            )
+        files = [
+            {
+                "Path": name,
+                "Name": name,
+                "Size": size,
+                "Sha256": hashlib.sha256(content).hexdigest(),
+                "Type": "blob",
+            }
+            for name, content, size in self.listed(kind, repo)
+        ]
+        return self.send_json({"Code": 200, "Data": {"Files": files}, "Success": True})
+
+    def send_json(
+        self, value: dict, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_body(json.dumps(value).encode(), "application/json", status, headers)
+
+    def send_body(
+        self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        for key, text in (headers or {}).items():
+            self.send_header(key, text)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def send_file(self, kind: str, repo: str, name: str) -> None:
+        hub, asked = self.hub, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        hub.requests.append(
+            Request(
+                name, start, self.headers["Host"].split(":")[0], self.headers.get("Authorization")
+            )
+        )
+        content = hub.replaced.get(name, hub.repos.get((kind, repo), {}).get(name))
+        if content is None or name in hub.gone:
+            return self.send_json(
+                {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}
+            )
+        body = content[start:]
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.end_headers()
+        faults = (hub.cut_after, hub.reset_after, hub.stall_after)
+        fault = next((fault for fault in faults if name in fault), None)
+        with suppress(ConnectionError):
+            sent = body if fault is None else body[: fault.pop(name)]
+            self.wfile.write(sent)
+            self.wfile.flush()
+            hub.sent[name] = len(sent)
+            if fault is hub.reset_after:
+                time.sleep(0.5)  # the client has read all by then
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                self.connection.close()
+            if fault is hub.stall_after:
+                hub.resume.wait(60)
+        self.close_connection = fault is not None
+        return None
