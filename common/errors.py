@@ -58,7 +58,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def use_utf8() -> None:
-    """Print UTF-8 on any system: a Windows pipe or LANG=C would stop at the first Chinese letter."""
+    """Print UTF-8 on any system: a Windows pipe would stop at the first Chinese letter."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

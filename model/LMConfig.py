@@ -1,18 +1,30 @@
 """Every size of the network in one place."""
 
+import inspect
+
 from transformers import PretrainedConfig
 
 from common.errors import UserError
 
-IMAGE_TOKEN = (
-    "@"  # one character stands for one image patch; its token id is 34 in the published tokenizer
-)
+# One '@' stands for one image patch; its token id is 34 in the published tokenizer.
+IMAGE_TOKEN = "@"
 
 
 class LMConfig(PretrainedConfig):
-    """Sizes of the MiniMind language model. `hidden_dim=None` means 2/3 * 4 * dim, rounded up to `multiple_of`.
+    """Sizes of the MiniMind language model. UserError where they cannot work together.
 
-    Raises UserError where the sizes cannot work together.
+    Args:
+        dim: width of an embedding.
+        n_layers: number of transformer layers (8 for dim 512, 16 for dim 768).
+        n_heads: query heads of attention; 8 if not given, fewer in models narrower than 256.
+        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads.
+        vocab_size: tokens of the tokenizer.
+        hidden_dim: width inside the feed-forward block; if not given, 2/3 * 4 * dim, rounded up
+            to a multiple of `multiple_of`.
+        norm_eps: what RMSNorm adds to the mean square before the root.
+        max_seq_len: most tokens of a sequence, image tokens included.
+        rope_theta: base of the rotary position frequencies.
+        dropout: share of the activations that training sets to 0.
     """
 
     model_type = "minimind"
@@ -32,20 +44,31 @@ class LMConfig(PretrainedConfig):
         dropout: float = 0.0,
         **kwargs,
     ):
-        if (
-            n_heads is None
-        ):  # 8 as published; fewer in narrow models, where heads under 32 numbers cannot tell words apart
+        # A misspelt size would otherwise be kept by PretrainedConfig without a word.
+        unknown = sorted(kwargs.keys() - PretrainedConfig().to_dict().keys())
+        if unknown:
+            known = ", ".join(size_names(type(self)))
+            raise UserError(f"{type(self).__name__} has no {', '.join(unknown)}: it has {known}")
+        for name, size in {"dim": dim, "n_layers": n_layers, "n_kv_heads": n_kv_heads}.items():
+            if size < 1:
+                raise UserError(f"{name} is {size}: it has to be at least 1")
+
+        # Heads of fewer than 32 dimensions cannot tell words apart (dev/LOG.md).
+        if n_heads is None:
             n_heads = next(n for n in (8, 4, 2) if dim >= 32 * n or n == 2)
         if dim % n_heads or dim // n_heads % 2:
             raise UserError(
-                f"dim {dim} does not split into {n_heads} heads of an even size: change dim or n_heads"
+                f"dim {dim} does not split into {n_heads} heads of an even size: "
+                "change dim or n_heads"
             )
         if n_heads % n_kv_heads:
             raise UserError(
-                f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}: change one of them"
+                f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}: "
+                "change one of them"
             )
         if hidden_dim is None:
             hidden_dim = -(-int(2 / 3 * 4 * dim) // multiple_of) * multiple_of
+
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads
@@ -63,12 +86,21 @@ class LMConfig(PretrainedConfig):
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    def language_sizes(self) -> dict[str, int | float]:
+        """The arguments that make the same language model again; plain numbers, for JSON."""
+        return {name: getattr(self, name) for name in size_names(LMConfig)}
+
 
 class VLMConfig(LMConfig):
-    """LMConfig plus what joins it to a vision encoder: the image placeholder and the width of a patch feature.
+    """LMConfig plus what joins it to a vision encoder.
 
-    The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features. `for_vision_encoder` reads them off
-    another vision encoder's own configuration.
+    The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features.
+    `for_vision_encoder` reads them off another encoder's own configuration.
+
+    Args:
+        image_special_token: the text that stands for an image, one '@' a patch.
+        image_ids: its token ids, one a patch, all the same.
+        vision_dim: width of a patch feature.
     """
 
     model_type = "minimind-v"
@@ -83,8 +115,8 @@ class VLMConfig(LMConfig):
         image_ids = [34] * len(image_special_token) if image_ids is None else image_ids
         if len(image_special_token) != len(image_ids):
             raise UserError(
-                f"image_special_token has {len(image_special_token)} characters but image_ids has {len(image_ids)}: "
-                "one id for each"
+                f"image_special_token has {len(image_special_token)} characters but image_ids has "
+                f"{len(image_ids)}: one id for each"
             )
         if len(set(image_ids)) != 1:
             raise UserError(f"image_ids must repeat one id, not {sorted(set(image_ids))}")
@@ -95,7 +127,7 @@ class VLMConfig(LMConfig):
 
     @classmethod
     def for_vision_encoder(cls, vision_config: PretrainedConfig, **sizes) -> "VLMConfig":
-        """The configuration that joins a language model of these `sizes` to a CLIP vision encoder."""
+        """Join a language model of these `sizes` (see LMConfig) to a CLIP vision encoder."""
         n_patches = count_patches(vision_config)
         return cls(
             image_special_token=IMAGE_TOKEN * n_patches,
@@ -104,17 +136,18 @@ class VLMConfig(LMConfig):
         )
 
     def check_vision_encoder(self, vision_config: PretrainedConfig) -> None:
-        """Raise UserError unless placeholder length and width are those of the vision encoder."""
+        """UserError unless patches and width are those of this vision encoder."""
         n_patches = count_patches(vision_config)
         if self.n_image_tokens != n_patches:
             raise UserError(
-                f"the placeholder stands for {self.n_image_tokens} patches but the vision encoder makes {n_patches}: "
-                "build the configuration with VLMConfig.for_vision_encoder(vision_encoder.config)"
+                f"an image has {self.n_image_tokens} tokens but the vision encoder makes "
+                f"{n_patches} patches: use VLMConfig.for_vision_encoder(vision_encoder.config)"
             )
         if self.vision_dim != vision_config.hidden_size:
             raise UserError(
-                f"vision_dim is {self.vision_dim} but the vision encoder is {vision_config.hidden_size} wide: "
-                "build the configuration with VLMConfig.for_vision_encoder(vision_encoder.config)"
+                f"vision_dim is {self.vision_dim} but the vision encoder is "
+                f"{vision_config.hidden_size} wide: use "
+                "VLMConfig.for_vision_encoder(vision_encoder.config)"
             )
 
     @property
@@ -129,3 +162,9 @@ class VLMConfig(LMConfig):
 
 def count_patches(vision_config: PretrainedConfig) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def size_names(config_class: type[LMConfig]) -> list[str]:
+    """Names of the sizes that a configuration class takes, those of its base class too."""
+    names = [name for name in inspect.signature(config_class).parameters if name != "kwargs"]
+    return names if config_class is LMConfig else names + size_names(LMConfig)

@@ -1,5 +1,11 @@
-"""Weights on disk: published names, atomic writes, and loads that never guess."""
+"""Weights on disk: published names, whole files, and loads that never guess.
 
+Training writes two files: NAME_DIM.pth, a state dict under the published names and without CLIP,
+and NAME_DIM.json, which says what it is (`describe_weights`). Published files have no JSON; their
+sizes are read off the tensors.
+"""
+
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,32 +13,49 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from common.errors import MissingFileError, UserError
-from common.files import atomic_write
-from model.LMConfig import LMConfig
+from common.errors import UserError
+from common.files import atomic_write, write_text
+from model.files import find_weights, info_path, read_info
+from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 
-STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}  # --model_mode -> file name
 PROJECTOR = "vision_proj."
-_IGNORED = re.compile(
-    r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\."
-)  # buffers and CLIP, in some published files
+# Buffers and CLIP weights, which some published files carry.
+_IGNORED = re.compile(r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\.")
+# What may differ between a file and the model: no weight depends on it.
+_FREE_SIZES = ("max_seq_len", "dropout", "multiple_of")
 
 
-def weights_path(out_dir: str | Path, name: str, dim: int) -> Path:
-    """out/sft_vlm_512.pth and the like; `name` is "lm" or one of STAGES."""
-    return Path(out_dir) / f"{name}_{dim}.pth"
+def select_weights(model: MiniMindLM) -> dict[str, torch.Tensor]:
+    """The model's own weights under the published names, without the vision encoder."""
+    state = model.state_dict()
+    return {name: weight for name, weight in state.items() if not _IGNORED.search(name)}
 
 
-def weights_to_save(model: MiniMindLM) -> dict[str, torch.Tensor]:
-    """The model's own weights under the published names, without the CLIP vision_encoder."""
-    return {
-        name: weight for name, weight in model.state_dict().items() if not _IGNORED.search(name)
-    }
+def describe_config(config: LMConfig) -> dict[str, int | float]:
+    """Every number that the network is made from."""
+    sizes = config.language_sizes()
+    if isinstance(config, VLMConfig):
+        sizes |= {"vision_dim": config.vision_dim, "n_image_tokens": config.n_image_tokens}
+    return sizes
+
+
+def save_weights(model: MiniMindLM, path: Path, **facts) -> None:
+    """Write the weights, and beside them the JSON that says what they are.
+
+    Args:
+        model: its weights are saved, without the vision encoder.
+        path: of the .pth file.
+        facts: what else the JSON says: tokenizer, vision_model, stage, data, step, val_loss.
+    """
+    # First the JSON: weights that replace others must not be described by the old one.
+    info = {"config": describe_config(model.config), **facts}
+    write_text(info_path(path), json.dumps(info, ensure_ascii=False, indent=1) + "\n")
+    save_atomically(select_weights(model), path)
 
 
 def save_atomically(payload: object, path: Path) -> None:
-    """torch.save that leaves either the old file or the whole new one, whenever the process or the machine stops."""
+    """torch.save that leaves the old file or the whole new one, whenever the process stops."""
     with atomic_write(path) as file:
         try:
             torch.save(payload, file)
@@ -45,58 +68,86 @@ def save_atomically(payload: object, path: Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth or .safetensors file, less the buffers and CLIP weights that some published files carry.
+    """The tensors of a .pth or .safetensors file, without the buffers some published files carry.
 
-    Raises MissingFileError, or UserError for a file that is cut off or holds anything but tensors (no code is run).
+    MissingFileError, or UserError for a file that is cut off or holds anything but tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(
-            f"no weights at {path}: train them first, or fetch the published ones with `python -m scripts.download lm-512` or "
-            "`weights-512`, likewise 768"
-        )
-    weights = read_tensors(path)
-    if not isinstance(weights, Mapping) or not all(
+    weights = read_tensors(find_weights(path))
+    is_state_dict = isinstance(weights, Mapping) and all(
         isinstance(value, torch.Tensor) for value in weights.values()
-    ):
+    )
+    if not is_state_dict:
         raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
     return {name: weight for name, weight in weights.items() if not _IGNORED.search(name)}
 
 
 def read_tensors(path: Path) -> dict:
-    """What a .pth or .safetensors file holds: tensors, numbers, text. UserError where it is cut off or holds anything else."""
+    """What a .pth or .safetensors file holds: tensors, numbers, text. No code of it is run.
+
+    UserError where it is cut off or holds anything else.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # bytes of any kind are read as a pickle, which raises errors of any kind
+    except Exception as error:
+        # Any bytes can be read as a pickle, which then raises errors of any kind.
         raise UserError(
-            f"{path} is damaged or not a weights file ({type(error).__name__}): fetch or train it again"
+            f"{path} is damaged or not a weights file ({type(error).__name__}): "
+            "fetch or train it again"
         ) from error
+
+
+def read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, int]:
+    """dim, n_layers, vocab_size and hidden_dim, read off the tensors of a state dict."""
+    embeddings = weights.get("tok_embeddings.weight")
+    layers = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)]
+    if embeddings is None or embeddings.ndim != 2 or not layers:
+        raise UserError(
+            f"{source} holds no MiniMind language model: its keys are "
+            f"{', '.join(sorted(weights)[:5])} …"
+        )
+    sizes = {
+        "dim": embeddings.shape[1],
+        "n_layers": max(layers) + 1,
+        "vocab_size": embeddings.shape[0],
+    }
+    feed_forward = weights.get("layers.0.feed_forward.w1.weight")
+    if feed_forward is not None:
+        sizes["hidden_dim"] = feed_forward.shape[0]
+    return sizes
 
 
 def load_weights(
     model: MiniMindLM,
-    weights: dict[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     source: str | Path,
     language_only: bool = False,
 ) -> None:
     """Copy `weights` into `model`; every key and every shape has to fit.
 
-    `language_only` accepts weights without a projector, as lm_512.pth is; the model keeps its fresh one then. Raises UserError
-    that says which size the file is of, or lists the keys that are missing, unexpected or of another shape.
+    Args:
+        model: what receives the weights.
+        weights: a state dict under the published names.
+        source: the file they come from; the JSON beside it, if any, has to agree with the model.
+        language_only: accept weights without a projector, as lm_512.pth is; the model then keeps
+            its own.
+
+    UserError names the sizes that differ, or the keys that are missing, unexpected or of another
+    shape.
     """
-    _check_sizes(model.config, weights, source)
-    expected = weights_to_save(model)
+    # Sizes first: they explain a hundred shapes.
+    _check_described_sizes(model.config, read_info(source).get("config", {}), source)
+    _check_tensor_sizes(model.config, weights, source)
+
+    expected = select_weights(model)
     optional = {name for name in expected if language_only and name.startswith(PROJECTOR)}
-    if (
-        "output.weight" not in weights and "tok_embeddings.weight" in weights
-    ):  # tied: one name is enough
-        weights = weights | {"output.weight": weights["tok_embeddings.weight"]}
+    # Input and output embeddings are one tensor; one of the two names is enough.
+    if "output.weight" not in weights and "tok_embeddings.weight" in weights:
+        weights = {**weights, "output.weight": weights["tok_embeddings.weight"]}
+
     problems = {
         "missing": sorted(expected.keys() - weights.keys() - optional),
         "unexpected": sorted(weights.keys() - expected.keys()),
@@ -106,31 +157,56 @@ def load_weights(
             if weights[name].shape != expected[name].shape
         ],
     }
-    problems = {kind: names for kind, names in problems.items() if names}
-    if problems:
-        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items())
+    found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    if found:
         raise UserError(f"{source} does not fit the model, {found}")
+
     with torch.no_grad():
         for name, weight in weights.items():
             expected[name].copy_(weight)
 
 
-def _check_sizes(config: LMConfig, weights: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Name the flags that would fit, where the file is simply of another size."""
-    embeddings = weights.get("tok_embeddings.weight")
-    layers = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)]
-    if embeddings is None or embeddings.ndim != 2 or not layers:
+def _check_described_sizes(config: LMConfig, described: dict, source: str | Path) -> None:
+    """Compare with the JSON beside the weights; it knows what no shape shows: rope_theta."""
+    ours = describe_config(config)
+    different = [
+        name
+        for name in described
+        if name in ours and described[name] != ours[name] and name not in _FREE_SIZES
+    ]
+    # Some sizes have flags; `_check_tensor_sizes` names these.
+    different = [name for name in different if name not in ("dim", "n_layers", "vocab_size")]
+    if different:
+        theirs = ", ".join(f"{name} {described[name]}" for name in different)
+        mine = ", ".join(f"{name} {ours[name]}" for name in different)
         raise UserError(
-            f"{source} holds no MiniMind language model: its keys are {', '.join(sorted(weights)[:5])} …"
+            f"{source} was trained with {theirs}, but the model here has {mine}: "
+            "use the sizes it was trained with"
         )
-    n_words, dim = embeddings.shape
-    n_layers = max(layers) + 1
+
+
+def _check_tensor_sizes(
+    config: LMConfig, weights: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Compare with the shapes of the tensors; the message names the flags that fit."""
+    sizes = read_sizes(weights, source)
+    dim, n_layers = sizes["dim"], sizes["n_layers"]
     if (dim, n_layers) != (config.dim, config.n_layers):
         raise UserError(
-            f"{source} is of dim {dim} with {n_layers} layers, not of dim {config.dim} with {config.n_layers}: "
-            f"pass --dim {dim} --n_layers {n_layers}"
+            f"{source} is of dim {dim} with {n_layers} layers, not of dim {config.dim} with "
+            f"{config.n_layers}: pass --dim {dim} --n_layers {n_layers}, or leave them out"
         )
-    if n_words != config.vocab_size:
+    if sizes["vocab_size"] != config.vocab_size:
         raise UserError(
-            f"{source} knows {n_words} tokens but the tokenizer has {config.vocab_size}: pass the --tokenizer it was trained with"
+            f"{source} knows {sizes['vocab_size']} tokens but the tokenizer has "
+            f"{config.vocab_size}: pass the --tokenizer it was trained with"
         )
+    keys = weights.get("layers.0.attention.wk.weight")
+    if keys is not None:
+        sizes["n_kv_heads"] = keys.shape[0] // config.head_dim
+    for name in ("hidden_dim", "n_kv_heads"):
+        if name in sizes and sizes[name] != getattr(config, name):
+            raise UserError(
+                f"{source} has {name} {sizes[name]}, but the model here has {name} "
+                f"{getattr(config, name)}: use the sizes it was trained with"
+            )

@@ -1,170 +1,159 @@
-"""Flags of both training scripts: the published names, one help line each."""
+"""Everything a training run can be told, typed and explained in one place."""
 
-import argparse
+from dataclasses import dataclass
+from typing import Literal
 
-from model.LMConfig import LMConfig
-from model.processing import TOKENIZER_PATH
-from model.vision import VISION_MODEL_PATH
-
-LEAST = dict(  # values of flags
-    batch_size=1, accumulation_steps=1, epochs=1, max_steps=1, warmup_iters=0, learning_rate=0, grad_clip=0, log_interval=1,
-    save_interval=1, val_interval=1, keep_checkpoints=1, max_seq_len=1, num_workers=0, n_layers=1, feature_cache_gb=0,
-    memory_gb=0,
-)  # fmt: skip
+from common.flags import check_options, option
+from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
 
 
-def parse_train_args(description: str, **defaults) -> argparse.Namespace:
-    """Read the command line. `defaults` are the stage's own: save_name, init_name, epochs, batch_size, learning_rate,
-    data_path, images_path, max_seq_len, log_interval."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run; each field is a flag of both training scripts too.
+
+    The scripts hold the defaults of their stage (train_pretrain_vlm.py, train_sft_vlm.py). Nothing
+    changes a TrainConfig: what is found out on the way (device, dtype, batch size) is kept by those
+    who find it out. UserError for a value that cannot be.
+    """
+
+    # Where the samples come from.
+    data_path: list[str] = option(
+        [],
+        "training rows: .jsonl or .parquet files, or patterns such as 'part-*.parquet'; the rows "
+        "of several files are mixed; FILE:2 takes the rows of FILE twice an epoch",
+        aliases=("--data",),
+        group="data",
+    )
+    images_path: list[str] = option(
+        [],
+        "folder or .zip of the images that a .jsonl names: one for all files, or one for each",
+        aliases=("--images",),
+    )
+    val_data: list[str] = option(
+        [], "rows for the validation loss, in the same formats; none if not given"
+    )
+    val_images: list[str] = option(
+        [], "folder or .zip of the validation images; that of --images_path if not given"
+    )
+    val_interval: int | None = option(
+        None,
+        "optimizer steps between validations; once at the end of each epoch if not given",
+        least=1,
+    )
+    max_seq_len: int = option(640, "tokens at which a sample is cut off", least=1)
+    num_workers: int | None = option(
+        None, "processes that read data; 8 on a GPU and 0 on a CPU if not given", least=0
     )
 
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path", "--data", nargs="+", metavar="FILE",
-        help="training rows, .jsonl or .parquet; several files or patterns are mixed, FILE:2 has its rows come twice an epoch",
-    )  # fmt: skip
-    group.add_argument(
-        "--images_path", "--images", nargs="+", metavar="FOLDER",
-        help="folder or .zip of the images that a .jsonl names: one for all, or one for each FILE",
-    )  # fmt: skip
-    group.add_argument(
-        "--val_data", nargs="+", metavar="FILE", help="rows for a validation loss, same formats"
+    # Which network, and from where it starts.
+    dim: int | None = option(
+        None,
+        "width of the language model; if not given, that of --init_weights, or 512",
+        least=2,
+        group="model",
     )
-    group.add_argument(
-        "--val_images",
-        nargs="+",
-        metavar="FOLDER",
-        help="folder of their images (as --images_path where not given)",
+    n_layers: int | None = option(
+        None,
+        "number of transformer layers; if not given, that of --init_weights, or 8 (use 16 with "
+        "--dim 768)",
+        least=1,
     )
-    group.add_argument(
-        "--val_interval",
-        type=int,
-        default=None,
-        help="steps between validations (at the end of each epoch where not given)",
+    tokenizer: str | None = option(
+        None, f"folder of the tokenizer; if not given, that of --init_weights, or {TOKENIZER_PATH}"
     )
-    group.add_argument("--max_seq_len", type=int, help="tokens a sample is cut at")
-    group.add_argument(
-        "--num_workers", type=int, default=None, help="processes that read data (8, and 0 on a CPU)"
+    vision_model: str | None = option(
+        None,
+        "folder of the CLIP vision encoder; if not given, that of --init_weights, or "
+        f"{VISION_MODEL_PATH}",
+    )
+    init_weights: str | None = option(
+        None,
+        "weights to start from: a file, or a name for OUT_DIR/NAME_DIM.pth; 'none' starts from "
+        "random weights",
     )
 
-    sizes = LMConfig()
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--dim",
-        type=int,
-        default=sizes.dim,
-        help="width of the language model: 512, or 768 with --n_layers 16",
+    # What makes it fast and changes no result.
+    feature_cache: str | None = option(
+        None,
+        "folder where the features of images are cached; OUT_DIR/features if not given",
+        group="speed",
     )
-    group.add_argument("--n_layers", type=int, default=sizes.n_layers, help="its layers")
-    group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
-    group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
-    group.add_argument(
-        "--init_weights",
-        help="weights to start from (OUT_DIR/INIT_NAME_DIM.pth where not given); none: random",
+    feature_cache_gb: float = option(
+        20, "largest size of that cache, in GB; 0 turns it off", least=0
     )
-
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--feature_cache",
-        help="folder where the vision encoder's features are kept (OUT_DIR/features where not given)",
+    compile: bool = option(
+        False,
+        "compile the blocks of vision encoder and language model (needs a C++ compiler; for GPUs: "
+        "a CPU gains nothing)",
     )
-    group.add_argument(
-        "--feature_cache_gb", type=float, default=20, help="largest size of it; 0: no cache"
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the blocks of vision_encoder and language model (needs a C++ compiler; on a CPU it gains nothing)",
-    )
-    group.add_argument(
-        "--time_split",
-        action="store_true",
-        help="on a GPU, log the time of each part of a step (slower)",
+    time_split: bool = option(
+        False, "on a GPU, log the time of each part of a step too (slower; a CPU always does)"
     )
 
-    group = parser.add_argument_group("learning")
-    group.add_argument("--epochs", type=int, help="passes over the data")
-    group.add_argument(
-        "--batch_size", type=size_or_auto,
-        help="samples at a time, on each device; auto: what fits, the rest by accumulation",
-    )  # fmt: skip
-    group.add_argument(
-        "--memory_gb",
-        type=float,
-        default=None,
-        help="memory for --batch_size auto (80 %% of what is free where not given)",
+    # How it learns.
+    epochs: int = option(1, "passes over the data", least=1, group="optimization")
+    batch_size: int | Literal["auto"] = option(
+        16,
+        "samples in a batch, on each device; 'auto' takes the largest that fits into memory and "
+        "reaches --auto_step_size by accumulation",
+        least=1,
     )
-    group.add_argument(
-        "--accumulation_steps", type=int, default=1, help="batches that make one optimizer step"
+    auto_step_size: int = option(
+        16, "with --batch_size auto: samples of an optimizer step, on each device", least=1
     )
-    group.add_argument(
-        "--learning_rate", type=float, help="peak learning rate is 1.1 times this, as published"
+    memory_gb: float | None = option(
+        None,
+        "with --batch_size auto: memory to use, in GB; 80 % of what is free if not given",
+        least=0,
     )
-    group.add_argument(
-        "--warmup_iters",
-        type=int,
-        default=0,
-        help="steps over which the learning rate rises from 0",
+    accumulation_steps: int = option(1, "batches whose gradients make one optimizer step", least=1)
+    learning_rate: float = option(
+        4e-4,
+        "base of the learning rate, which falls along a cosine from 1.1 times to 0.1 times this "
+        "number, as published",
+        least=0,
     )
-    group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    group.add_argument(
-        "--max_steps", type=int, default=None, help="stop after this many optimizer steps"
+    warmup_iters: int = option(
+        0, "optimizer steps over which the learning rate rises from 0", least=0
     )
-    group.add_argument(
-        "--seed", type=int, default=1337, help="seed of fresh weights, data order and dropout"
+    grad_clip: float = option(
+        1.0, "largest norm of the gradient; a longer one is scaled down", least=0
     )
+    max_steps: int | None = option(
+        None, "optimizer steps after which to stop; all epochs if not given", least=1
+    )
+    seed: int = option(1337, "seed of random weights and of the order of the data", least=0)
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default=None, help="cuda:0, cpu, … (the GPU where there is one)")
-    group.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float32"),
-        help="bfloat16 where the device has it",
+    # Where it runs.
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, mps, xpu; a GPU if there is one, if not given", group="machine"
     )
-    group.add_argument(
-        "--ddp",
-        action="store_true",
-        help="refuse to start outside torchrun (under it, DDP is always on)",
+    dtype: Literal["bfloat16", "float32"] = option(
+        "bfloat16",
+        "number format of matrix products; bfloat16 only where the device has it and it is faster. "
+        "Weights are float32 in any case",
     )
+    ddp: bool = option(False, "refuse to start outside torchrun (under torchrun, DDP is always on)")
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--out_dir", default="out", help="folder of weights, logs and curves")
-    group.add_argument("--save_name", help="weights go to OUT_DIR/SAVE_NAME_DIM.pth")
-    group.add_argument("--log_interval", type=int, help="steps between log lines")
-    group.add_argument(
-        "--save_interval",
-        type=int,
-        default=None,
-        help="steps between saves (once a minute where not given)",
+    # What it leaves.
+    out_dir: str = option("out", "folder of weights, logs and curves", group="output")
+    save_name: str = option("train", "weights go to OUT_DIR/SAVE_NAME_DIM.pth")
+    log_interval: int = option(10, "optimizer steps between lines of the log", least=1)
+    save_interval: int | None = option(
+        None, "optimizer steps between saves; once a minute if not given", least=1
     )
-    group.add_argument(
-        "--resume", nargs="?", const="yes", choices=("yes", "auto"),
-        help="go on with the last checkpoint of OUT_DIR/SAVE_NAME_DIM.resume; auto: or start anew where there is none",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep_checkpoints",
-        type=int,
-        default=1,
-        help="checkpoints to keep; older ones are removed",
+    resume: Literal["yes", "auto"] | None = option(
+        None,
+        "continue from the newest run state in OUT_DIR/SAVE_NAME_DIM.resume; 'auto' starts a new "
+        "run where there is none",
     )
-    group.add_argument(
-        "--use_wandb",
-        action="store_true",
-        help="log to Weights & Biases (WANDB_MODE=offline needs no account)",
+    keep_run_states: int = option(
+        1, "run states to keep; older ones are removed", least=1, aliases=("--keep_checkpoints",)
     )
-    group.add_argument("--wandb_project", default="MiniMind-V", help="its project")
+    use_wandb: bool = option(
+        False, "log to Weights & Biases too (WANDB_MODE=offline needs no account)"
+    )
+    wandb_project: str = option("MiniMind-V", "name of the Weights & Biases project")
 
-    parser.set_defaults(**defaults, default_batch_size=defaults["batch_size"])
-    args = parser.parse_args()
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value not in (None, "auto") and value < least:
-            parser.error(f"--{name} is {value}: it has to be at least {least}")
-    return args
-
-
-def size_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    def __post_init__(self):
+        check_options(self)

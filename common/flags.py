@@ -1,0 +1,128 @@
+"""Command-line flags made from a typed dataclass: an option is documented where it is typed.
+
+The field's name is the flag's name, its type says how the value is read, and `option` adds the
+rest: what it means, its least value, other names. `parse_flags` reads a command line into a copy
+of the dataclass; `list_flags` gives the same facts to the documentation.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from common.errors import UserError
+
+Options = TypeVar("Options")
+
+
+def option(
+    default: Any,
+    help: str,
+    least: float | None = None,
+    aliases: tuple[str, ...] = (),
+    group: str = "",
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: its value if not given; a list is copied for each object.
+        help: what it is, its unit, and what happens if it is not given.
+        least: the smallest number allowed.
+        aliases: other names of the flag, such as "--data".
+        group: title of the flags that begin with this one.
+    """
+    facts = {"help": help, "least": least, "aliases": aliases, "group": group}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+class Flag(NamedTuple):
+    """What the documentation shows of a flag."""
+
+    names: tuple[str, ...]
+    help: str
+    default: Any
+    group: str
+
+
+def list_flags(defaults: Any) -> Iterator[Flag]:
+    """The flags of an options object, in the order of its fields."""
+    group = ""
+    for field in dataclasses.fields(defaults):
+        group = field.metadata["group"] or group
+        names = (f"--{field.name}", *field.metadata["aliases"])
+        yield Flag(names, field.metadata["help"], getattr(defaults, field.name), group)
+
+
+def parse_flags(defaults: Options, description: str, arguments: list[str] | None = None) -> Options:
+    """Read a command line (sys.argv if not given) into a copy of `defaults`.
+
+    The options check themselves when the copy is made, see `check_options`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    types = get_type_hints(type(defaults))
+    group = parser
+    for flag, field in zip(list_flags(defaults), dataclasses.fields(defaults)):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(flag.group)
+        group.add_argument(
+            *flag.names,
+            default=argparse.SUPPRESS,
+            # argparse reads "%" as the start of a format.
+            help=(flag.help + describe_default(flag.default)).replace("%", "%%"),
+            **_how_to_read(types[field.name], field.name),
+        )
+    return dataclasses.replace(defaults, **vars(parser.parse_args(arguments)))
+
+
+def describe_default(default: Any) -> str:
+    """ " (default: 16)"; nothing for flags that are off or whose help says what happens."""
+    if default is None or default is False or default == []:
+        return ""
+    return f" (default: {' '.join(default) if isinstance(default, list) else default})"
+
+
+def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
+    """What argparse has to know about a field's type."""
+    if type_ is bool:
+        return {"action": "store_true"}
+    if get_origin(type_) is list:
+        return {"nargs": "+", "type": get_args(type_)[0], "metavar": name.upper()}
+    choices = _allowed_values(type_)
+    kinds = [kind for kind in _members(type_) if kind in (int, float, str)]
+    if "yes" in choices:
+        # The flag alone means yes.
+        return {"choices": choices, "nargs": "?", "const": "yes"}
+    if not kinds:
+        return {"choices": choices}
+    # A number, or one of a few words: "auto".
+    read = (lambda text: text if text in choices else kinds[0](text)) if choices else kinds[0]
+    read.__name__ = kinds[0].__name__
+    return {"type": read, "metavar": name.upper()}
+
+
+def _members(type_: Any) -> tuple:
+    """The types that a union joins; the type itself otherwise."""
+    return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+
+
+def _allowed_values(type_: Any) -> list[str]:
+    """The words that a Literal allows."""
+    literals = [kind for kind in _members(type_) if get_origin(kind) is Literal]
+    return [word for literal in literals for word in get_args(literal)]
+
+
+def check_options(options: Any) -> None:
+    """UserError for a number under its least value, or a word that is not among those allowed."""
+    types = get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value, least = getattr(options, field.name), field.metadata["least"]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Written so that nan is refused too.
+        if least is not None and is_number and not value >= least:
+            raise UserError(f"--{field.name} is {value}: it has to be at least {least}")
+        words = _allowed_values(types[field.name])
+        if isinstance(value, str) and words and value not in words:
+            raise UserError(f"--{field.name} is {value}: choose from {', '.join(words)}")
