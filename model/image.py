@@ -9,47 +9,51 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import BadSampleError
 
-MAX_PIXELS = 89_000_000  # 270 MB once decoded; a little under where Pillow begins to warn
-MAX_ASPECT = (
-    50  # a thinner picture would be scaled to hundreds of megabytes before the centre is cut out
-)
-warnings.filterwarnings(
-    "error", category=Image.DecompressionBombWarning
-)  # load_image makes it a reason
+# 270 MB once decoded; a little under where Pillow begins to warn.
+MAX_PIXELS = 89_000_000
+# CLIP scales the shorter side to 224 pixels: a thinner picture would grow to hundreds of megabytes
+# before its center is cut out.
+MAX_ASPECT = 50
+
+# Pillow only warns about a picture of too many pixels: as an error, `load_image` can refuse it.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Any picture Pillow reads as RGB, upright, the first frame of an animation; BadSampleError with the reason otherwise."""
+    """Open a picture as RGB, upright, the first frame of an animation.
+
+    Args:
+        source: anything Pillow reads: a path, an open file, or a picture that is open already.
+
+    BadSampleError with the reason where it is missing, damaged, too large or too narrow.
+    """
     try:
+        # limits, before a pixel is decoded
         image = source if isinstance(source, Image.Image) else Image.open(source)
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BadSampleError(
-                "image too large", f"{width}x{height} is over {MAX_PIXELS // 10**6} million pixels"
-            )
+            limit = f"{MAX_PIXELS // 10**6} million pixels"
+            raise BadSampleError("image too large", f"{width}x{height} is over {limit}")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise BadSampleError("image too narrow", f"{width}x{height} is beyond {MAX_ASPECT}:1")
+
+        # upright, as the camera noted it
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16-bit grey: convert() would clip at 255
-            grey = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray(
-                (grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8)
-            )
+
+        # 16-bit gray is scaled to 8 bits: convert() would clip it at 255
+        if image.mode.startswith(("I", "F")):
+            gray = np.asarray(image, dtype=np.float32)
+            scale = 257 if gray.max() > 255 else 1
+            image = Image.fromarray((gray / scale).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
+    except BadSampleError:
+        raise
     except FileNotFoundError as error:
         raise BadSampleError("image missing", str(source)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError("image too large", str(source)) from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-    ) as error:  # what Pillow raises for damaged files
-        if isinstance(error, BadSampleError):
-            raise
-        reason = "no picture" if isinstance(error, UnidentifiedImageError) else error
-        raise BadSampleError(
-            "image damaged",
-            f"{source} ({reason})" if isinstance(source, str | Path) else str(reason),
-        ) from error
+    # what Pillow raises for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        cause = "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        detail = f"{source} ({cause})" if isinstance(source, str | Path) else cause
+        raise BadSampleError("image damaged", detail) from error

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from inference.generate import generate
+from model.labels import find_labels
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache, MiniMindLM
-from model.processing import find_labels
 from model.vision import patch_features
 
 

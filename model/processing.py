@@ -1,33 +1,70 @@
-"""From a conversation and its images to what the model takes: the chat format, the placeholders, the labels."""
+"""From a conversation and its images to what the model takes: token ids, labels and pixels.
+
+The way of one row:
+
+    conversations ── check_conversation ──> [(role, content)], user and assistant in turn
+                  ── match_image_tags ────> as many `<image>` tags as there are images
+                  ── encode_turns ────────> input_ids, labels; each `<image>` is 196 image tokens
+    images        ── preprocess ──────────> pixel_values float[k, 3, 224, 224]
+
+The chat format is `<s>role\\ncontent</s>\\n` for each turn, a system turn first.
+"""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import BadSampleError, MissingFileError, UserError
 from model.image import load_image
+from model.labels import IGNORE_INDEX, count_labels, find_labels
 from model.LMConfig import IMAGE_TOKEN, VLMConfig
 
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TAG",
+    "TOKENIZER_PATH",
+    "VLMProcessor",
+    "check_conversation",
+    "count_labels",
+    "find_labels",
+    "load_tokenizer",
+    "match_image_tags",
+]
+
 TOKENIZER_PATH = "model/minimind_tokenizer"
+# Where an image belongs in the text of a user turn.
 IMAGE_TAG = "<image>"
-IGNORE_INDEX = -100  # label of a token that is not learned
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}
 
 
 def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`; UserError unless it has the ids the model counts on (0 pad, 1 <s>, 2 </s>, 34 '@')."""
+    """Load the tokenizer in the folder `path`.
+
+    MissingFileError where there is none; UserError unless it has the ids that the model counts on
+    (0 padding, 1 `<s>`, 2 `</s>`, 34 '@').
+    """
     if not (Path(path) / "tokenizer.json").is_file():
         raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `python -m scripts.download tokenizer`, or point --tokenizer to it"
+            f"no tokenizer in {path}: fetch it with `python -m scripts.download tokenizer`, "
+            "or point --tokenizer to it"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # The class that AutoTokenizer would choose too, without importing every other model for it.
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     expected = {"<unk>": 0, "<s>": 1, "</s>": 2, IMAGE_TOKEN: VLMConfig().image_token_id}
-    wrong = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
-    wrong = {token: token_id for token, token_id in wrong.items() if token_id != expected[token]}
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
+    wrong = {token: found[token] for token in expected if found[token] != expected[token]}
     if wrong:
         raise UserError(
-            f"the tokenizer in {path} gives {wrong} instead of {expected}: it was not made for MiniMind-V"
+            f"the tokenizer in {path} gives {wrong} instead of {expected}: "
+            "it was not made for MiniMind-V"
         )
     return tokenizer
 
@@ -35,107 +72,129 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
 def check_conversation(
     conversations: list[dict], blank_answers: bool = False
 ) -> list[tuple[str, str]]:
-    """[(role, content)] with user and assistant in turn, after at most one system turn. BadSampleError says what is wrong.
+    """Check a conversation and return it as [(role, content)].
 
-    Roles may be missing: user and assistant alternate then. A last user turn without an answer is kept.
-    `blank_answers` are refused as training data, but a model may well have given one earlier in a chat.
+    User and assistant take turns, after at most one system turn; where roles are missing, they
+    alternate. A last user turn without an answer is allowed.
+
+    Args:
+        conversations: one {"role": ..., "content": ...} for each turn.
+        blank_answers: allow answers without text. Nothing can be learned from one, but a model
+            may have given one earlier in a chat.
+
+    BadSampleError says what is wrong.
     """
     if not isinstance(conversations, list) or not conversations:
         raise BadSampleError("no conversation")
     turns: list[tuple[str, str]] = []
     expected = "user"
     for index, turn in enumerate(conversations):
+        # the text
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise BadSampleError("turn without text content", f"turn {index}")
+        content = turn["content"]
         try:
-            turn["content"].encode()
-        except UnicodeEncodeError as error:  # a lone "\\ud83d" in JSON, which no tokenizer takes
-            raise BadSampleError(
-                "half a character", f"turn {index}: {turn['content']!r:.60}"
-            ) from error
+            content.encode()
+        except UnicodeEncodeError as error:
+            # A lone "\ud83d" is valid in JSON, but no tokenizer takes it.
+            raise BadSampleError("half a character", f"turn {index}: {content!r:.60}") from error
+
+        # the role
         role = turn.get("role") or expected
         if role == "system" and index == 0:
-            turns.append((role, turn["content"]))
+            turns.append((role, content))
             continue
         if role != expected:
             raise BadSampleError(
                 "wrong roles", f"turn {index} is by {role!r}, expected {expected!r}"
             )
-        if role == "assistant" and not blank_answers and not turn["content"].strip():
+        if role == "assistant" and not blank_answers and not content.strip():
             raise BadSampleError("empty answer", f"turn {index}")
-        turns.append((role, turn["content"]))
+        turns.append((role, content))
         expected = _OTHER_ROLE[role]
     return turns
-
-
-def count_labels(labels: torch.Tensor) -> int:
-    """Label tokens of int64[…, T] that a loss is a mean over: the first of a row has nothing before it."""
-    return len(find_labels(labels))
-
-
-def find_labels(labels: torch.Tensor) -> torch.Tensor:
-    """int64[n]: where the label tokens of int64[…, T] are, counted over all rows."""
-    is_label = labels != IGNORE_INDEX
-    is_label[..., 0] = False  # nothing comes before it
-    return is_label.flatten().nonzero().squeeze(-1)
 
 
 def match_image_tags(
     turns: list[tuple[str, str]], n_images: int
 ) -> tuple[list[tuple[str, str]], int]:
-    """(turns, surplus): `<image>` tags beyond the number of images are dropped, as the published multi-image set needs.
+    """Drop the `<image>` tags beyond `n_images`; return (turns, how many were dropped).
 
-    Fewer tags than images are a BadSampleError. Tags count in user turns only.
+    The rows of the published multi-image set have one tag too many. Tags count in user turns only.
+    BadSampleError where there are fewer tags than images.
     """
     n_tags = sum(content.count(IMAGE_TAG) for role, content in turns if role == "user")
     if n_tags < n_images:
         raise BadSampleError("fewer <image> than images", f"{n_tags} for {n_images}")
-    left, matched = n_images, []
+    n_left, matched = n_images, []
     for role, content in turns:
         if role == "user":
-            kept = min(left, content.count(IMAGE_TAG))
-            left -= kept
+            n_used = min(n_left, content.count(IMAGE_TAG))
+            n_left -= n_used
             pieces = content.split(IMAGE_TAG)
-            content = IMAGE_TAG.join(pieces[: kept + 1]) + "".join(pieces[kept + 1 :])
+            content = IMAGE_TAG.join(pieces[: n_used + 1]) + "".join(pieces[n_used + 1 :])
         matched.append((role, content))
     return matched, n_tags - n_images
 
 
 class VLMProcessor:
-    """Joins a tokenizer, CLIP's image processor and the model's sizes. Text and placeholders are encoded piece by piece,
-    so what a prompt looks like to the model does not depend on what comes before or after it."""
+    """Turns conversations and pictures into samples, and prompts, of a model.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor, config: VLMConfig):
-        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.image_token_id, self.image_ids = (
-            config.image_token_id,
-            list(config.image_ids),
-        )  # a config is slow to ask
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-        self._fixed: dict[str, list[int]] = {}  # ids of the chat format's own pieces
+    Text and images are encoded piece by piece, so what a prompt looks like to the model does not
+    depend on what comes before or after it.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        image_processor: CLIP's, which belongs to the vision encoder.
+        config: sizes of the model; it gives the image token and how many an image has.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: CLIPImageProcessor,
+        config: VLMConfig,
+    ):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        # Attributes of a configuration are slow to read, and these are read for each token.
+        self.image_token_id = config.image_token_id
+        self.image_ids = list(config.image_ids)
         self._special_tokens = tokenizer.all_special_tokens
-        self.default_system = (
-            rendered.split("<s>user\n")[0].removeprefix("<s>system\n").removesuffix("</s>\n")
-        )
+        self._format_ids: dict[str, list[int]] = {}
+        # The chat template puts its own system turn before a conversation that has none.
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        system_turn = rendered.split("<s>user\n")[0]
+        self.default_system = system_turn.removeprefix("<s>system\n").removesuffix("</s>\n")
 
     def encode(
         self, conversations: list[dict], images: list, max_length: int
     ) -> dict[str, torch.Tensor]:
-        """One training sample: input_ids int64[T], labels int64[T], pixel_values float[k, 3, H, W].
+        """Make one training sample.
 
-        Labels are the answers and their `</s>`, -100 elsewhere, aligned with input_ids (the model shifts them). Cut at
-        `max_length`, never inside an image; BadSampleError where no label is left or the row is malformed.
+        Args:
+            conversations: see `check_conversation`.
+            images: pictures or what `load_image` takes, one for each `<image>` tag.
+            max_length: most tokens; the sample is cut there, never inside an image.
+
+        Returns:
+            input_ids int64[T]; labels int64[T], the answers and their `</s>`, -100 elsewhere,
+            aligned with input_ids (the model shifts them); pixel_values float32[k, 3, H, W].
+
+        BadSampleError where the row or a picture cannot be used, or no label is left.
         """
         sample, images = self.encode_text(conversations, images, max_length)
         return sample | {"pixel_values": self.preprocess(images)}
 
     def encode_text(
         self, conversations: list[dict], images: list, max_length: int
-    ) -> tuple[dict, list]:
-        """({input_ids, labels}, the images that are left after cutting) of `encode`; no image is opened."""
+    ) -> tuple[dict[str, torch.Tensor], list]:
+        """({input_ids, labels} of `encode`, the images left after cutting), no image opened."""
         turns, _ = match_image_tags(check_conversation(conversations), len(images))
+        # Nothing can be learned from a question without an answer.
         if turns[-1][0] == "user":
-            turns = turns[:-1]  # nothing to learn from a question without an answer
+            turns = turns[:-1]
         input_ids, labels = self.encode_turns(turns)
         length, n_images = self._cut(input_ids, max_length)
         input_ids, labels = torch.tensor(input_ids[:length]), torch.tensor(labels[:length])
@@ -144,103 +203,109 @@ class VLMProcessor:
         return {"input_ids": input_ids, "labels": labels}, images[:n_images]
 
     def encode_prompt(self, conversations: list[dict], n_images: int) -> torch.Tensor:
-        """int64[1, T]: a dialogue that ends with a question, ready for `generate`. Surplus `<image>` tags are dropped."""
+        """int64[1, T]: a conversation that ends with a question, ready for `generate`.
+
+        `<image>` tags beyond `n_images` are dropped. BadSampleError for a malformed conversation.
+        """
         turns, _ = match_image_tags(check_conversation(conversations, blank_answers=True), n_images)
         input_ids, _ = self.encode_turns(turns)
-        return torch.tensor([input_ids + self._format_tokens("<s>assistant\n")])
+        return torch.tensor([input_ids + self._encode_format("<s>assistant\n")])
 
     def preprocess(self, images: list) -> torch.Tensor:
-        """Pictures or what `load_image` takes -> float[k, 3, H, W], exactly as CLIPImageProcessor does."""
+        """float32[k, 3, H, W] of k pictures (or what `load_image` takes), as CLIP wants them."""
         if not images:
             size = self.image_processor.crop_size
             return torch.empty(0, 3, size["height"], size["width"])
-        return self.image_processor([load_image(image) for image in images], return_tensors="pt")[
-            "pixel_values"
-        ]
+        pictures = [load_image(image) for image in images]
+        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
 
     def resize(self, image) -> torch.Tensor:
-        """uint8[3, H, W]: `preprocess` up to the point where bytes become floats, a quarter of the memory."""
+        """uint8[3, H, W]: `preprocess` of one image up to the point where bytes become floats.
+
+        A quarter of the memory; `model.vision.normalize_pixels` does the rest.
+        """
         resized = self.image_processor(
             load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt"
         )
         return resized["pixel_values"][0].to(torch.uint8)
 
-    def _format_tokens(self, text: str) -> list[int]:
-        """Ids of a piece of the chat format, such as "<s>user\\n"; there are few, so each is encoded once."""
-        if text not in self._fixed:
-            self._fixed[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._fixed[text]
-
-    def _content_tokens(self, text: str) -> list[int]:
-        """Ids of what somebody wrote: a "</s>" in it is four characters and cannot end a turn."""
-        if any(token in text for token in self._special_tokens):
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-        return self.tokenizer.backend_tokenizer.encode(
-            text, add_special_tokens=False
-        ).ids  # ten times as fast
-
     def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""
-        if turns[:1] == [] or turns[0][0] != "system":
+        if not turns or turns[0][0] != "system":
             turns = [("system", self.default_system)] + turns
         input_ids, labels = [], []
 
-        def add(tokens: list[int], learned: bool) -> None:
+        def add(tokens: list[int], is_label: bool = False) -> None:
             input_ids.extend(tokens)
-            labels.extend(tokens if learned else [IGNORE_INDEX] * len(tokens))
+            labels.extend(tokens if is_label else [IGNORE_INDEX] * len(tokens))
 
         for role, content in turns:
-            add(self._format_tokens(f"<s>{role}\n"), learned=False)
+            is_answer = role == "assistant"
+            add(self._encode_format(f"<s>{role}\n"))
             if role == "user":
-                add(self._expand_images(content), learned=False)
+                add(self._encode_question(content))
             else:
-                add(self._content_tokens(content), learned=role == "assistant")
-            add(self._format_tokens("</s>"), learned=role == "assistant")
-            add(self._format_tokens("\n"), learned=False)
+                add(self._encode_content(content), is_answer)
+            add(self._encode_format("</s>"), is_answer)
+            add(self._encode_format("\n"))
         return input_ids, labels
 
-    def _expand_images(self, content: str) -> list[int]:
-        """Tokens of a user turn with every `<image>` as its run of placeholder ids. An '@' of the text keeps its distance
-        from the run, so that the run's length tells an image from text."""
+    def _encode_format(self, text: str) -> list[int]:
+        """Ids of a piece of the chat format, such as "<s>user\\n"; each is encoded once."""
+        if text not in self._format_ids:
+            self._format_ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._format_ids[text]
+
+    def _encode_content(self, text: str) -> list[int]:
+        """Ids of what somebody wrote: a "</s>" in it is four characters and cannot end a turn."""
+        if any(token in text for token in self._special_tokens):
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            return encoded["input_ids"]
+        # The same ids, ten times as fast.
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_question(self, content: str) -> list[int]:
+        """Ids of a user turn, with the image tokens of an image for every `<image>`.
+
+        The model tells an image from the text's own '@' by the length of the run. So a line break
+        keeps an '@' of the text away from the image tokens.
+        """
+        line_break = self._encode_format("\n")
         tokens = []
         pieces = content.split(IMAGE_TAG)
         for index, piece in enumerate(pieces):
-            piece_tokens = self._break_long_runs(self._content_tokens(piece))
+            piece_tokens = self._break_long_runs(self._encode_content(piece))
             if index > 0:
                 tokens += self.image_ids
                 if piece_tokens[:1] == [self.image_token_id]:
-                    tokens += self._format_tokens("\n")
+                    tokens += line_break
             tokens += piece_tokens
             if index < len(pieces) - 1 and piece_tokens[-1:] == [self.image_token_id]:
-                tokens += self._format_tokens("\n")
+                tokens += line_break
         return tokens
 
     def _break_long_runs(self, tokens: list[int]) -> list[int]:
-        """Split a run of '@' in the text that is as long as an image's, lest it stand for one."""
-        unbroken, whole = [], []
+        """Break a run of '@' in the text that is as long as an image's, or it would be one."""
+        n_run, broken = 0, []
         for token in tokens:
-            unbroken = unbroken + [token] if token == self.image_token_id else []
-            if len(unbroken) == len(self.image_ids):
-                whole += self._format_tokens("\n")
-                unbroken = [token]
-            whole.append(token)
-        return whole
+            n_run = n_run + 1 if token == self.image_token_id else 0
+            if n_run == len(self.image_ids):
+                broken += self._encode_format("\n")
+                n_run = 1
+            broken.append(token)
+        return broken
 
     def _cut(self, input_ids: list[int], max_length: int) -> tuple[int, int]:
-        """(length, images) of the sample after cutting at `max_length`, before an image that would not fit."""
+        """(tokens, images) left after cutting at `max_length`, before an image that is too long."""
         size, position, n_images = len(self.image_ids), 0, 0
         length = min(len(input_ids), max_length)
         while position < length:
-            if (
+            is_image = (
                 input_ids[position] == self.image_token_id
                 and input_ids[position : position + size] == self.image_ids
-            ):
-                if position + size > length:
-                    return position, n_images
-                n_images += 1
-                position += size
-            else:
-                position += 1
+            )
+            if is_image and position + size > length:
+                return position, n_images
+            n_images += is_image
+            position += size if is_image else 1
         return length, n_images

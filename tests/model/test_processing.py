@@ -81,7 +81,7 @@ def test_labels_are_the_answers_and_their_end(processor, tokenizer, pairs, tagge
     contents[0] = "<image>".join([contents[0], *tagged])
     sample = processor.encode(dialogue(*contents), [picture(i) for i in range(len(tagged))], 10**6)
     learned = sample["labels"][sample["labels"] != -100].tolist()
-    expected = [processor._content_tokens(answer) + [2] for _, answer in pairs]
+    expected = [processor._encode_content(answer) + [2] for _, answer in pairs]
     assert learned == [token for answer in expected for token in answer]
     assert torch.equal(
         sample["input_ids"][sample["labels"] != -100], sample["labels"][sample["labels"] != -100]
