@@ -61,7 +61,7 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
 
     The options check themselves when the copy is made, see `check_options`.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     types = get_type_hints(type(defaults))
     group = parser
     for flag, field in zip(list_flags(defaults), dataclasses.fields(defaults)):
@@ -97,10 +97,14 @@ def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
         return {"choices": choices, "nargs": "?", "const": "yes"}
     if not kinds:
         return {"choices": choices}
-    # A number, or one of a few words: "auto".
-    read = (lambda text: text if text in choices else kinds[0](text)) if choices else kinds[0]
-    read.__name__ = kinds[0].__name__
-    return {"type": read, "metavar": name.upper()}
+    if not choices:
+        return {"type": kinds[0], "metavar": name.upper()}
+
+    def number_or_word(text: str) -> Any:
+        """A number, or one of a few words: "auto"."""
+        return text if text in choices else kinds[0](text)
+
+    return {"type": number_or_word, "metavar": name.upper()}
 
 
 def _members(type_: Any) -> tuple:

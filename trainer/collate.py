@@ -1,4 +1,17 @@
-"""Which samples come together, and how they become tensors."""
+"""From rows of a dataset to batches of tensors; and where the way of an image's features begins.
+
+loader process (here)                      training process (image_encoder.py)
+─────────────────────                      ──────────────────────────────────
+bytes of the picture's file
+  │ hash = its key
+  ▼
+feature cache ── found ── features ──────► batch.cached_features ─────────────┐
+  │ not found                                                                 ▼
+  └► decode, resize ──── pixels ─────────► batch.pixels ─► vision encoder ─► joined in order
+                                                              │               │
+                                    feature cache ◄── store ──┘               ▼
+                                                                    model.vision_proj
+"""
 
 import io
 import signal
@@ -8,36 +21,52 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
+from model.labels import IGNORE_INDEX, find_labels
 from model.model_vlm import find_image_tokens
-from model.processing import IGNORE_INDEX, find_labels
-from trainer.sampler import StepBatches
+from trainer.feature_cache import FeatureCache
+from trainer.sampler import StepSampler
+
+# What the model's forward pass takes, but for the image features.
+_MODEL_INPUTS = ("input_ids", "labels", "image_token_indices", "label_indices")
+_TENSORS = (*_MODEL_INPUTS, "pixels", "cached_features")
 
 
 @dataclass
 class Batch:
-    """Samples padded on the right to the longest of them."""
+    """B samples, padded on the right to the longest of them, T tokens; k images in order.
 
-    input_ids: torch.Tensor  # int64[B, T]
-    labels: torch.Tensor  # int64[B, T]
-    indices: list[int]  # which samples these are
-    digests: list[bytes] = field(default_factory=list)  # of the files of the k images, in order
-    is_cached: torch.Tensor | None = (
-        None  # bool[k] on the host: whose features came from the cache; None without images
-    )
-    pixels: torch.Tensor | None = (
-        None  # uint8[m, 3, H, W] of the images that the vision encoder has to see
-    )
-    cached_features: torch.Tensor | None = None  # 16 bits [k - m, patches, width] of the others
-    image_token_indices: torch.Tensor | None = (
-        None  # int64[k * n_image_tokens], see find_image_tokens
-    )
-    label_indices: torch.Tensor | None = None  # int64[n], see find_labels
-    n_tokens: int = 0  # without padding
-    skipped: Counter = field(default_factory=Counter)  # samples left out, by reason
+    Args:
+        input_ids: int64[B, T].
+        labels: int64[B, T], IGNORE_INDEX where the loss does not look.
+        indices: which samples of the dataset these are.
+        keys: of the k images, see FeatureCache.
+        is_cached: bool[k] on the host, whose features come from the cache; None without images.
+        pixels: uint8[m, 3, H, W], the images that the vision encoder has to see.
+        cached_features: bfloat16 or float16[k - m, patches, vision_dim], of the others.
+        image_token_indices: int64[k * n_image_tokens], see find_image_tokens.
+        label_indices: int64[n], see find_labels.
+        n_tokens: tokens without padding.
+        skipped: samples that were left out, by reason.
+        n_damaged: images whose cached features were damaged.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    indices: list[int]
+    keys: list[bytes] = field(default_factory=list)
+    is_cached: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    cached_features: torch.Tensor | None = None
+    image_token_indices: torch.Tensor | None = None
+    label_indices: torch.Tensor | None = None
+    n_tokens: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    n_damaged: int = 0
 
     @property
     def n_labels(self) -> int:
@@ -49,38 +78,34 @@ class Batch:
         return self.input_ids.numel() - self.n_tokens
 
     def model_inputs(self) -> dict:
-        """What the model's forward takes to give a loss, but for the image features."""
-        names = ("input_ids", "labels", "image_token_indices", "label_indices")
-        return {name: getattr(self, name) for name in names} | {"return_logits": False}
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        names = (
-            "input_ids",
-            "labels",
-            "image_token_indices",
-            "label_indices",
-            "pixels",
-            "cached_features",
-        )
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(
-            self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
-        )
+        """What the model's forward pass takes to give a loss, but for the image features."""
+        return {name: getattr(self, name) for name in _MODEL_INPUTS} | {"return_logits": False}
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader, so that `to` need not wait."""
+        """Called by DataLoader, so that `to` does not have to wait."""
         return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        changed = {name: change(one) for name, one in tensors.items() if one is not None}
+        return replace(self, **changed)
 
 
 class TrainSamples(Dataset):
-    """Samples with each image as (digest, cached features or uint8 pixels); a bad one comes out as (index, reason) in
-    place of stopping the run."""
+    """Samples whose images are (key, cached features or uint8 pixels).
 
-    def __init__(self, dataset, find_features: Callable[[bytes], torch.Tensor | None]):
-        self.dataset, self.find_features = dataset, find_features
+    A bad sample comes out as (index, reason), so that it costs its row and not the run.
+
+    Args:
+        dataset: has `read_text(index)` and `processor`, as VLMDataset.
+        cache: where the features of images are looked up; None without a cache.
+    """
+
+    def __init__(self, dataset, cache: FeatureCache | None = None):
+        self.dataset, self.cache = dataset, cache
 
     def __getitem__(self, index: int) -> tuple[int, dict | str]:
         try:
@@ -91,74 +116,86 @@ class TrainSamples(Dataset):
 
     def _read_image(self, image: Path | io.BytesIO) -> tuple[bytes, torch.Tensor]:
         encoded = read_image_bytes(image)
-        digest = hash_bytes(encoded)
-        features = self.find_features(digest)
-        return digest, self.dataset.processor.resize(
-            io.BytesIO(encoded)
-        ) if features is None else features
+        key = hash_bytes(encoded)
+        features = self.cache.find(key) if self.cache else None
+        if features is not None:
+            return key, features
+        return key, self.dataset.processor.resize(io.BytesIO(encoded))
 
     def collate(self, samples: list[tuple[int, dict | str]]) -> Batch:
-        """Pad and join; without a single good sample, a blank row that has no label and so teaches nothing."""
+        """Pad and join samples.
+
+        Without a single good one, a blank row that has no label and so teaches nothing.
+        """
         skipped = Counter(sample for _, sample in samples if isinstance(sample, str))
+        n_damaged = self.cache.take_damaged() if self.cache else 0
         good = [(index, sample) for index, sample in samples if not isinstance(sample, str)]
         if not good:
             blank = torch.zeros(1, 2, dtype=torch.long)
-            return Batch(blank, torch.full_like(blank, IGNORE_INDEX), [], skipped=skipped)
-        pad, config = torch.nn.utils.rnn.pad_sequence, self.dataset.processor.config
-        input_ids = pad(
-            [sample["input_ids"] for _, sample in good], batch_first=True, padding_value=0
-        )
-        labels = pad(
-            [sample["labels"] for _, sample in good], batch_first=True, padding_value=IGNORE_INDEX
-        )
+            labels = torch.full_like(blank, IGNORE_INDEX)
+            return Batch(blank, labels, [], skipped=skipped, n_damaged=n_damaged)
+
+        # text: (B, T)
+        all_ids = [sample["input_ids"] for _, sample in good]
+        all_labels = [sample["labels"] for _, sample in good]
+        input_ids = pad_sequence(all_ids, batch_first=True, padding_value=0)
+        labels = pad_sequence(all_labels, batch_first=True, padding_value=IGNORE_INDEX)
+
+        # images: pixels are uint8, cached features are not
         images = [image for _, sample in good for image in sample["images"]]
+        is_cached = torch.tensor([image.dtype != torch.uint8 for _, image in images])
         pixels = [image for _, image in images if image.dtype == torch.uint8]
         cached = [image for _, image in images if image.dtype != torch.uint8]
+
+        config = self.dataset.processor.config
         return Batch(
             input_ids=input_ids,
             labels=labels,
             indices=[index for index, _ in good],
-            digests=[digest for digest, _ in images],
-            is_cached=torch.tensor([image.dtype != torch.uint8 for _, image in images])
-            if images
-            else None,
+            keys=[key for key, _ in images],
+            is_cached=is_cached if images else None,
+            pixels=torch.stack(pixels) if pixels else None,
+            cached_features=torch.stack(cached) if cached else None,
             image_token_indices=find_image_tokens(
                 input_ids, config.image_token_id, config.n_image_tokens
             ),
             label_indices=find_labels(labels),
-            pixels=torch.stack(pixels) if pixels else None,
-            cached_features=torch.stack(cached) if cached else None,
-            n_tokens=sum(len(sample["input_ids"]) for _, sample in good),
+            n_tokens=sum(map(len, all_ids)),
             skipped=skipped,
+            n_damaged=n_damaged,
         )
-
-
-def find_nothing(digest: bytes) -> None:
-    """`find_features` where there is no cache."""
 
 
 def make_loader(
     dataset,
-    batches: StepBatches,
+    sampler: StepSampler,
     num_workers: int,
-    find_features=find_nothing,
+    cache: FeatureCache | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of `dataset`, which has `read_text`, `processor` and `lengths`, in the order that `batches` gives."""
-    samples = TrainSamples(dataset, find_features)
+    """Batches of `dataset` in the order of `sampler`.
+
+    Args:
+        dataset: see TrainSamples.
+        sampler: which samples make a batch.
+        num_workers: processes that read; 0 reads in this one.
+        cache: of image features.
+        pin_memory: for a GPU, so that copies to it need no wait.
+    """
+    samples = TrainSamples(dataset, cache)
     return DataLoader(
         samples,
-        batch_sampler=batches,
+        batch_sampler=sampler,
         collate_fn=samples.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=_start_worker,
     )
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the loader's workers go on until the main process has saved."""
+def _start_worker(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers go on until the main one has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

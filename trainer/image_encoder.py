@@ -1,96 +1,124 @@
-"""Patch features of a batch's images."""
+"""Patch features of a batch's images: cached ones, and the others by the vision encoder."""
 
+import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
-from transformers import CLIPVisionModel
 
+from model.model_vlm import MiniMindVLM
 from model.vision import normalize_pixels, patch_features
 from trainer.collate import Batch
-from trainer.feature_cache import FeatureCache
+from trainer.config import TrainConfig
+from trainer.feature_cache import FeatureCache, name_cache
 from trainer.runtime import Runtime
 
-UNWRITTEN_BATCHES = 8  # that may wait for the disk before training waits for it
+UNWRITTEN_BATCHES = 8  # before training waits for the disk
 
 
 class ImageEncoder:
-    """Turns a batch's images into patch features: cached ones as they are, the others by the vision encoder, which are then kept."""
+    """The second half of the way that collate.py draws.
+
+    Args:
+        vision_encoder: frozen, on the device.
+        image_processor: CLIP's, for its mean and standard deviation.
+        device: of the batches.
+        cache: what is computed is stored there; None computes every image each time.
+    """
 
     def __init__(
         self,
-        vision_encoder: CLIPVisionModel,
+        vision_encoder: torch.nn.Module,
         image_processor,
-        cache: FeatureCache | None,
-        runtime: Runtime,
+        device: torch.device,
+        cache: FeatureCache | None = None,
     ):
-        self.tower, self.cache = vision_encoder, cache
-        statistics = torch.tensor(
-            [image_processor.image_mean, image_processor.image_std], device=runtime.device
-        )
-        self.mean, self.std = statistics.view(2, 3, 1, 1)  # each (3, 1, 1)
-        self._writer = ThreadPoolExecutor(
-            max_workers=1
-        )  # disk and checksums do not hold up training
+        self.vision_encoder, self.cache = vision_encoder, cache
+        statistics = [image_processor.image_mean, image_processor.image_std]
+        # (2, 3) -> two of (3, 1, 1)
+        self.mean, self.std = torch.tensor(statistics, device=device).view(2, 3, 1, 1)
+        # Checksums and the disk do not hold up training.
+        self._writer = ThreadPoolExecutor(max_workers=1)
         self._unwritten: deque[Future] = deque()
 
     def features(self, batch: Batch) -> torch.Tensor | None:
-        """[k, patches, width] on the device of the batch, or None without images."""
+        """[k, patches, vision_dim] on the device of the batch, or None without images."""
         if batch.is_cached is None:
             return None
         if batch.pixels is None:
             return batch.cached_features
         features = self._encode(batch.pixels)
         if self.cache is not None:
-            features = features.to(self.cache.dtype)  # what a later epoch will read
-            fresh = [
-                digest
-                for digest, is_cached in zip(batch.digests, batch.is_cached.tolist())
-                if not is_cached
-            ]
-            self._keep(fresh, features)
+            # The same bits that a later epoch will read.
+            features = features.to(self.cache.dtype)
+            is_cached = batch.is_cached.tolist()
+            keys = [key for key, is_there in zip(batch.keys, is_cached) if not is_there]
+            self._store(keys, features)
         if batch.cached_features is None:
             return features
-        order = (
-            batch.is_cached.int().argsort(stable=True).argsort()
-        )  # fresh ones first, then cached ones
-        return torch.cat((features, batch.cached_features))[
-            order.to(features.device, non_blocking=True)
-        ]
-
-    def find_features(self, digest: bytes) -> torch.Tensor | None:
-        """[patches, width] of an image seen before, on the host."""
-        return self.cache.find(digest) if self.cache is not None else None
+        # Joined fresh ones first, then put into the order of the images.
+        order = batch.is_cached.int().argsort(stable=True).argsort()
+        joined = torch.cat((features, batch.cached_features))
+        return joined[order.to(features.device, non_blocking=True)]
 
     def close(self) -> None:
         """Wait until what was computed is on disk."""
         self._writer.shutdown()
 
-    def _keep(self, digests: list[bytes], features: torch.Tensor) -> None:
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8[m, 3, H, W] -> [m, patches, vision_dim].
+
+        With a cache on a CPU one image at a time: the last bits of an image's features then do not
+        depend on the images beside it, and a resumed run is the same run whatever is cached.
+        """
+        one_by_one = self.cache is not None and pixels.device.type == "cpu"
+        parts = pixels.split(1 if one_by_one else len(pixels))
+        normalized = (normalize_pixels(part, self.mean, self.std) for part in parts)
+        return torch.cat([patch_features(self.vision_encoder, part) for part in normalized])
+
+    def _store(self, keys: list[bytes], features: torch.Tensor) -> None:
+        """Hand the features of these images to the writing thread."""
         if len(self._unwritten) >= UNWRITTEN_BATCHES:
             self._unwritten.popleft().result()
+        # The copy to the host runs beside training; the event says when it has arrived.
         arrived = torch.cuda.Event() if features.is_cuda else None
-        on_host = features.to("cpu", non_blocking=True)
+        on_host = features.to("cpu", non_blocking=features.is_cuda)
         if arrived:
             arrived.record()
-        self._unwritten.append(self._writer.submit(self._write, digests, on_host, arrived))
+        self._unwritten.append(self._writer.submit(self._write, keys, on_host, arrived))
 
     def _write(
-        self, digests: list[bytes], features: torch.Tensor, arrived: torch.cuda.Event | None
+        self, keys: list[bytes], features: torch.Tensor, arrived: torch.cuda.Event | None
     ) -> None:
         if arrived:
             arrived.synchronize()
-        for digest, one in zip(digests, features):
-            self.cache.add(digest, one)
+        for key, one in zip(keys, features):
+            self.cache.add(key, one)
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8[m, 3, H, W] -> [m, patches, width]. With a cache on a CPU one image at a time: an image's features then do
-        not depend, in the last bit, on those it came with, and a resumed run is the same run whatever is cached."""
-        alone = self.cache is not None and pixels.device.type == "cpu"
-        parts = pixels.split(1 if alone else len(pixels))
-        return torch.cat(
-            [
-                patch_features(self.tower, normalize_pixels(part, self.mean, self.std))
-                for part in parts
-            ]
+
+def open_image_encoder(
+    model: MiniMindVLM, train_data, config: TrainConfig, runtime: Runtime
+) -> ImageEncoder:
+    """The image encoder of a run, with the cache that --feature_cache asks for.
+
+    How large the cache will become is printed before; it is off where it would not fit.
+    """
+    image_processor = train_data.processor.image_processor
+    shape = (model.config.n_image_tokens, model.config.vision_dim)
+    size = 2 * shape[0] * shape[1] * train_data.n_images
+    line = f"feature cache: {train_data.n_images:,} images take up to {size / 1e6:,.0f} MB"
+
+    cache = None
+    if config.feature_cache_gb and size > config.feature_cache_gb * 1e9:
+        runtime.print(f"{line}: off, --feature_cache_gb is {config.feature_cache_gb:g}")
+    elif config.feature_cache_gb and train_data.n_images:
+        dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float16
+        root = Path(config.feature_cache or f"{config.out_dir}/features")
+        folder = root / name_cache(model.vision_encoder, image_processor, dtype)
+        cache = FeatureCache(folder, shape, dtype, config.feature_cache_gb * 1e9)
+        free = shutil.disk_usage(folder).free / 1e9
+        runtime.print(
+            f"{line} in {folder} ({len(cache):,} are there; {free:.0f} GB of the disk are free)"
         )
+    return ImageEncoder(model.vision_encoder, image_processor, runtime.device, cache)

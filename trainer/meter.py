@@ -12,20 +12,24 @@ from common.errors import UserError
 from trainer.collate import Batch
 from trainer.runtime import Runtime
 
-PARTS = ("data", "vision", "forward", "backward", "optimizer")  # of a step
+# Parts of a step.
+PARTS = ("data", "vision", "forward", "backward", "optimizer")
 
 
 class Meter:
-    """Counts what this rank has seen since the last report: images, tokens, seconds of each part of a step.
+    """Counts what this rank has seen since the last log line: images, tokens, seconds of each part.
 
-    On a GPU the parts are timed with `time_split` only, since the host has to wait for the device at each of them.
+    Args:
+        runtime: of the run.
+        time_split: on a GPU, time the parts too: the host then waits for the device at each.
     """
 
     def __init__(self, runtime: Runtime, time_split: bool = False):
+        self.runtime = runtime
+        self.times_parts = not runtime.is_gpu or time_split
         self.skipped: Counter[str] = Counter()
-        self.n_learned = 0  # label tokens so far, on all ranks
-        self.cuda = runtime.device if runtime.device.type == "cuda" else None
-        self.times_parts = self.cuda is None or time_split
+        self.n_labels = 0  # of the whole run, on all ranks
+        self.n_damaged = 0  # cached features, since they were last reported
         self._restart()
 
     def _restart(self) -> None:
@@ -46,42 +50,45 @@ class Meter:
         self.seconds[part] += time.perf_counter() - start
 
     def _wait(self) -> None:
-        if self.cuda is not None and self.times_parts:
-            torch.cuda.synchronize(self.cuda)
+        if self.runtime.is_gpu and self.times_parts:
+            torch.accelerator.synchronize(self.runtime.device)
 
     def add(self, micro_batches: list[Batch]) -> None:
         for batch in micro_batches:
             self.skipped.update(batch.skipped)
-            self.images += len(batch.digests)
+            self.n_damaged += batch.n_damaged
+            self.images += len(batch.keys)
             self.labels += batch.n_labels
             self.tokens += batch.input_ids.numel()
             self.padding += batch.n_padding
 
-    def rates(self, runtime: Runtime) -> dict[str, float]:
-        """Means over all ranks since the last call."""
+    def take_rates(self) -> dict[str, float]:
+        """Means over all ranks since the last call, and shares of the time by part."""
         seconds = time.perf_counter() - self.since
-        images, labels, tokens, padding = runtime.sum_over_ranks(
+        images, labels, tokens, padding = self.runtime.sum_over_ranks(
             self.images, self.labels, self.tokens, self.padding
         )
-        self.n_learned += labels
+        self.n_labels += labels
         rates = {
             "images_per_second": images / seconds,
             "label_tokens_per_second": labels / seconds,
             "tokens_per_second": tokens / seconds,
             "padding_share": padding / max(tokens, 1),
         }
-        rates |= {
-            f"{part}_share": self.seconds[part] / seconds for part in PARTS if part in self.seconds
-        }
+        timed = [part for part in PARTS if part in self.seconds]
+        rates |= {f"{part}_share": self.seconds[part] / seconds for part in timed}
         self._restart()
         return {name: round(rate, 4) for name, rate in rates.items()}
 
 
 class LossWatch:
-    """The losses of the last steps, left on the device until somebody reads them: reading makes the host wait."""
+    """The losses of the last steps, left on the device until they are read.
 
-    def __init__(self, data_path: str):
-        self.data_path = data_path
+    Reading makes the host wait for the device.
+    """
+
+    def __init__(self, data_path: list[str]):
+        self.data_path = " ".join(data_path)
         self._unread: list[tuple[int, torch.Tensor, list[int]]] = []
 
     def add(
@@ -91,14 +98,17 @@ class LossWatch:
         self._unread.append((step, torch.stack((loss, grad_norm)), samples))
 
     def read(self) -> tuple[float, float]:
-        """The latest loss and gradient norm. UserError that names step and rows of the first one that is not finite."""
+        """The newest loss and gradient norm.
+
+        UserError that names step and rows of the first one that is not finite.
+        """
         unread, self._unread = self._unread, []
         values = torch.stack([values for _, values, _ in unread]).tolist()
         for (step, _, samples), (loss, grad_norm) in zip(unread, values):
             for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
                 if not math.isfinite(value):
                     raise UserError(
-                        f"the {name} is {value} at step {step}, samples {samples} of {self.data_path}: "
-                        "look at these rows, or lower --learning_rate"
+                        f"the {name} is {value} at step {step}, samples {samples} of "
+                        f"{self.data_path}: look at these rows, or lower --learning_rate"
                     )
         return loss, grad_norm

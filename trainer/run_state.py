@@ -1,10 +1,11 @@
-"""All that a run needs to go on where it stopped, in one file: weights, optimizer, position in the data, best loss.
+"""All that a run needs to continue where it stopped, in one file.
 
-There are no random states to keep: the order of the data follows from seed and epoch, and each step seeds itself.
+That is weights, optimizer, position in the data, best loss, and the options. There are no random
+states to keep: the order of the data follows from seed and epoch.
 """
 
 import math
-import re
+import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +14,23 @@ import torch
 
 from common.errors import UserError
 from model.model_vlm import MiniMindVLM
-from model.weights import load_weights, read_tensors, save_atomically, weights_path, weights_to_save
+from model.processing import VLMProcessor
+from model.weights import (
+    describe_config,
+    load_weights,
+    read_tensors,
+    read_weights,
+    save_atomically,
+    save_weights,
+    select_weights,
+)
+from trainer.config import TrainConfig
+from trainer.paths import find_init_weights, list_run_states, run_paths
 from trainer.runtime import Runtime
-from trainer.sampler import StepBatches
+from trainer.sampler import StepSampler
+
+
+SAVE_SECONDS = 60  # between saves, by default
 
 
 @dataclass
@@ -23,121 +38,162 @@ class Progress:
     """How far a run is."""
 
     step: int = 0  # optimizer steps done
+    val_loss: float | None = None  # the last one measured
     best_val_loss: float = math.inf
 
 
-class Checkpoints:
-    """Saves a run as OUT_DIR/NAME_DIM.resume/step-N.pth, at every save the weights alone as OUT_DIR/NAME_DIM.pth too."""
+class RunState:
+    """Starts, saves and resumes a run.
+
+    Every save writes OUT_DIR/NAME_DIM.resume/step-N.pth, and the weights alone as
+    OUT_DIR/NAME_DIM.pth with the JSON that describes them.
+
+    Args:
+        model, optimizer, sampler: what is saved, and set when a run is resumed.
+        processor: its tokenizer belongs to the weights.
+        config: the options of the run.
+        runtime: only its main process writes.
+    """
 
     def __init__(
         self,
         model: MiniMindVLM,
         optimizer: torch.optim.Optimizer,
-        batches: StepBatches,
-        args,
+        sampler: StepSampler,
+        processor: VLMProcessor,
+        config: TrainConfig,
         runtime: Runtime,
     ):
-        self.model, self.optimizer, self.batches, self.args, self.runtime = (
-            model,
-            optimizer,
-            batches,
-            args,
-            runtime,
-        )
-        self.weights = weights_path(args.out_dir, args.save_name, args.dim)
-        self.best = weights_path(args.out_dir, f"{args.save_name}_best", args.dim)
-        self.folder = self.weights.with_suffix(".resume")
-        self.saved: list[Path] = []  # by this run, or the one it goes on with
-        self.run = {  # what has to be the same for a run to go on
-            "rows": f"{len(batches.lengths)}, checksum {zlib.crc32(batches.lengths.tobytes()):08x}",
-            "seed": args.seed,
-            "dim": args.dim,
-            "n_layers": args.n_layers,
+        self.model, self.optimizer, self.sampler = model, optimizer, sampler
+        self.processor, self.config, self.runtime = processor, config, runtime
+        self.paths = run_paths(config, model.config.dim)
+        self.saved: list[Path] = []  # by this run or the one it continues
+        self.saved_at = time.monotonic()
+        self.progress = Progress()
+        # What has to be the same for a run to continue.
+        lengths = sampler.lengths
+        self.identity = {
+            "rows": f"{len(lengths)}, checksum {zlib.crc32(lengths.tobytes()):08x}",
+            "seed": config.seed,
+            **describe_config(model.config),
         }
 
-    def save(self, progress: Progress) -> None:
-        """Write the weights and the checkpoint, then remove older checkpoints. Either file is the old or the new one, whole."""
-        if not self.runtime.is_main:
-            return
-        weights = weights_to_save(self.model)
-        path = self.folder / f"step-{progress.step:08d}.pth"
-        state = {
-            "run": self.run,
-            "progress": asdict(progress),
-            "epoch": self.batches.epoch,
-            "samples_taken": self.batches.samples_taken,
-            "optimizer": self.optimizer.state_dict(),
-            "weights": weights,
-        }
-        save_atomically(state, path)
-        self.saved = [other for other in self.saved if other != path] + [path]
-        save_atomically(weights, self.weights)
-        kept = self.saved[-self.args.keep_checkpoints :]
-        for other in self.folder.iterdir():
-            if other not in kept:
-                other.unlink()
-
-    def save_best(self) -> None:
-        if self.runtime.is_main:
-            save_atomically(weights_to_save(self.model), self.best)
-
-    def describe_last(self) -> str:
-        """What an error message says about what is safe."""
-        return (
-            f"; the last checkpoint is intact, --resume goes on with it: {self.saved[-1]}"
-            if self.saved
-            else ""
-        )
-
-    def resume(self) -> Progress:
-        """Go on as --resume says: set model, optimizer and position to the newest checkpoint; a fresh start otherwise."""
+    def start(self) -> None:
+        """Resume from the newest run state if --resume asks for it; else load --init_weights."""
         state, found = self.runtime.from_main(self._read_newest)
-        if state is None:
-            if self.args.resume == "yes":
-                raise UserError(
-                    f"--resume finds no checkpoint in {self.folder}: leave it out to start anew"
-                )
-            if found and not self.args.resume:
-                self.runtime.say(
-                    f"{self.folder} holds an earlier run, which --resume would go on with; starting anew in its place"
-                )
-            return Progress()
-        for name, value in self.run.items():
-            if state["run"].get(name) != value:
-                raise UserError(
-                    f"{found[-1]} is of a run with {name} {state['run'].get(name)}, now it is {value}: "
-                    "use the same data and flags, or leave out --resume to start anew"
-                )
-        load_weights(self.model, state["weights"], found[-1])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.epoch, self.batches.samples_taken = state["epoch"], state["samples_taken"]
-        self.saved = found
-        progress = Progress(**state["progress"])
-        self.runtime.say(
-            f"resumed: {found[-1]}, {progress.step:,} steps and {self.batches.samples_done:,} samples are done"
-        )
-        return progress
+        if state is not None:
+            self._resume(state, found)
+            return
+        if self.config.resume == "yes":
+            raise UserError(
+                f"--resume finds no run state in {self.paths.resume}: leave it out to start a new "
+                "run"
+            )
+        if found and not self.config.resume:
+            self.runtime.print(
+                f"{self.paths.resume} holds an earlier run, which --resume would continue; "
+                "a new one takes its place"
+            )
+        path = find_init_weights(self.config)
+        if path is not None:
+            load_weights(self.model, read_weights(path), path, language_only=True)
+        self.runtime.print(f"starts from: {path or 'the weights of the model as it is'}")
 
     def _read_newest(self) -> tuple[dict | None, list[Path]]:
-        """(state, checkpoints up to the one it is of); a damaged one is passed over for the one before. UserError where all are
-        damaged: a run is not silently done again from its start."""
-        found = list_checkpoints(self.args)
-        if not self.args.resume or not found:
+        """(state, the files up to the one it was read from).
+
+        A damaged file is passed over for the one before it. UserError where all are damaged: a run
+        is never done again from its start without a word.
+        """
+        found = list_run_states(self.paths.resume)
+        if not self.config.resume or not found:
             return None, found
         while found:
             try:
                 return read_tensors(found[-1]), found
             except UserError as error:
-                self.runtime.say(f"passed over: {error}")
+                self.runtime.print(f"passed over: {error}")
                 found.pop()
         raise UserError(
-            f"no checkpoint in {self.folder} is whole: leave out --resume to start anew"
+            f"no run state in {self.paths.resume} is whole: leave out --resume to start a new run"
         )
 
+    def _resume(self, state: dict, found: list[Path]) -> None:
+        """Set model, optimizer and position to what the newest file holds."""
+        path = found[-1]
+        for name, value in self.identity.items():
+            saved = state["run"].get(name, value)
+            if saved != value:
+                raise UserError(
+                    f"{path} is of a run with {name} {saved}, now it is {value}: use the same data "
+                    "and flags, or leave out --resume to start a new run"
+                )
+        load_weights(self.model, state["weights"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.epoch = state["epoch"]
+        self.sampler.samples_taken = state["samples_taken"]
+        self.saved = found
+        self.progress = Progress(**state["progress"])
+        self.runtime.print(
+            f"resumed: {path}, {self.progress.step:,} steps and "
+            f"{self.sampler.samples_done:,} samples are done"
+        )
 
-def list_checkpoints(args) -> list[Path]:
-    """The checkpoints of the run that the flags describe, oldest first."""
-    folder = weights_path(args.out_dir, args.save_name, args.dim).with_suffix(".resume")
-    return sorted(
-        path for path in folder.glob("step-*.pth") if re.fullmatch(r"step-\d+\.pth", path.name)
-    )
+    def is_save_due(self) -> bool:
+        """Every --save_interval steps; once a minute if that is not given."""
+        if self.config.save_interval is not None:
+            return self.progress.step % self.config.save_interval == 0
+        return time.monotonic() > self.saved_at + SAVE_SECONDS
+
+    def describe_newest(self) -> str:
+        """What an error message says about what is safe."""
+        if not self.saved:
+            return ""
+        return f"; the last run state is intact, --resume continues from it: {self.saved[-1]}"
+
+    def save(self) -> None:
+        """Write the run state and the weights, then remove older run states.
+
+        Each file is the old or the new one, whole, whenever the process stops.
+        """
+        self.saved_at = time.monotonic()
+        if not self.runtime.is_main:
+            return
+        path = self.paths.resume / f"step-{self.progress.step:08d}.pth"
+        state = {
+            "run": self.identity,
+            "config": asdict(self.config),
+            "progress": asdict(self.progress),
+            "epoch": self.sampler.epoch,
+            "samples_taken": self.sampler.samples_taken,
+            "optimizer": self.optimizer.state_dict(),
+            "weights": select_weights(self.model),
+        }
+        save_atomically(state, path)
+        self.saved = [other for other in self.saved if other != path] + [path]
+        self._save_weights(self.paths.weights)
+        newest = self.saved[-self.config.keep_run_states :]
+        for other in self.paths.resume.iterdir():
+            if other not in newest:
+                other.unlink()
+
+    def save_if_best(self, val_loss: float) -> None:
+        """Remember the validation loss; write the weights if it is the lowest so far."""
+        self.progress.val_loss = val_loss
+        if val_loss < self.progress.best_val_loss:
+            self.progress.best_val_loss = val_loss
+            if self.runtime.is_main:
+                self._save_weights(self.paths.best)
+
+    def _save_weights(self, path: Path) -> None:
+        """The weights and what they are, see model/weights.py."""
+        save_weights(
+            self.model,
+            path,
+            tokenizer=self.processor.tokenizer.name_or_path,
+            vision_model=self.model.vision_encoder.name_or_path,
+            stage=self.config.save_name,
+            data=self.config.data_path,
+            step=self.progress.step,
+            val_loss=self.progress.val_loss,
+        )

@@ -1,35 +1,51 @@
-"""Where a run takes place: device, number format, processes, seed, and how it is asked to stop."""
+"""Where a run takes place: device, dtype, processes, seed, and how it is asked to stop."""
 
 import os
 import random
-import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from trainer.config import TrainConfig
 
-GPU_STEPS_UNREAD = 16  # steps that a GPU may be ahead of the host
+# Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
+GPU_STEPS_UNREAD = 16
 
 
 @dataclass
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a question asked after each step; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step."""
 
-    number: int = signal.SIGTERM  # the last that came, or another rank's
+    number: int = signal.SIGTERM  # the last one received
     is_requested: bool = False
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Receive the signals during this block; a second Ctrl-C stops at once."""
+        # Python lets only the main thread handle signals; a notebook may train in another.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         self.number, self.is_requested = number, True
@@ -38,6 +54,8 @@ class StopSignal:
 
 @dataclass
 class Runtime:
+    """The device of this process, and the other processes of the run."""
+
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
@@ -48,7 +66,16 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, line: str) -> None:
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type != "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def print(self, line: str) -> None:
+        """Print in the main process only."""
         if self.is_main:
             print(line, flush=True)
 
@@ -67,22 +94,22 @@ class Runtime:
 
     def sum_on_device(self, value: float | torch.Tensor) -> torch.Tensor:
         """float[] on the device, summed over all processes; the host does not wait for it."""
-        total = (
-            value if torch.is_tensor(value) else torch.full((), float(value), device=self.device)
-        )  # no copy to wait for
+        if not torch.is_tensor(value):
+            # torch.tensor(value, device=...) would copy, and the host would wait for the copy.
+            value = torch.full((), float(value), device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(total)
-        return total
+            dist.all_reduce(value)
+        return value
 
     def any_rank(self, flag: bool) -> bool:
         return self.sum_over_ranks(flag)[0] > 0
 
     def reads_every_step(self, step: int) -> bool:
-        """Whether losses and signals are read now: always on a CPU, every few steps on a GPU, lest it idle."""
-        return self.device.type != "cuda" or step % GPU_STEPS_UNREAD == 0
+        """Whether losses and signals are read after this step: on a GPU only now and then."""
+        return not self.is_gpu or step % GPU_STEPS_UNREAD == 0
 
     def from_main(self, make: Callable[[], object]) -> object:
-        """What `make` returns in the main process, in every process; an error of it is raised in every process."""
+        """What `make` returns in the main process, given to every process; its error as well."""
         result: list = [None, None]
         if self.is_main:
             try:
@@ -95,80 +122,119 @@ class Runtime:
             raise result[1]
         return result[0]
 
+    def count_workers(self, wanted: int | None) -> int:
+        """Loader processes: 8 beside a GPU; none on a CPU, whose cores train, unless asked for."""
+        if wanted is not None:
+            return wanted
+        return min(8, os.cpu_count() or 1) if self.is_gpu else 0
+
     def peak_memory(self) -> int:
-        """Bytes of the GPU, or of this process without one, in use at their height."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        """Largest memory so far, in bytes: of the GPU, or of this process without one."""
+        if self.is_gpu:
+            return torch.accelerator.max_memory_allocated(self.device)
+        return peak_process_memory()
+
+    def free_memory(self) -> float:
+        """Bytes that this process may use: what it holds, and its share of what is free."""
+        if self.is_gpu:
+            free, _ = torch.accelerator.get_memory_info(self.device)
+            return free + torch.accelerator.memory_reserved(self.device)
+        return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def close(self) -> None:
-        if self.world_size > 1:
+        if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def start_runtime(args) -> Runtime:
-    """Join the other processes where torchrun started us, choose device and number format once, and seed everything."""
+def peak_process_memory() -> int:
+    """Largest memory of this process so far, in bytes."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    try:
+        import resource
+    except ImportError:
+        return memory.rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def start_runtime(config: TrainConfig) -> Runtime:
+    """Join the processes that torchrun started, choose device and dtype, seed everything."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if args.ddp and "RANK" not in os.environ:
+    if config.ddp and "RANK" not in os.environ:
         raise UserError("--ddp needs torchrun: torchrun --nproc_per_node N train_….py …")
-    device = _choose_device(args.device)
-    if world_size > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
+    device = _choose_device(config.device)
+    if world_size > 1 and not dist.is_initialized():
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device.index or 0)
+        backends = {"cuda": "nccl", "xpu": "xccl"}
+        dist.init_process_group(backends.get(device.type, "gloo"), timeout=timedelta(minutes=30))
     runtime = Runtime(device, torch.float32, rank, world_size)
-    runtime.dtype, reason = _choose_dtype(args.dtype, runtime)
-    runtime.say(
-        f"device: {device} x {world_size}; numbers: {str(runtime.dtype).removeprefix('torch.')} ({reason}); seed: {args.seed}"
+    runtime.dtype, reason = _choose_dtype(config.dtype, runtime)
+    runtime.print(
+        f"device: {device} x {world_size}; dtype: {runtime.dtype_name} ({reason}); "
+        f"seed: {config.seed}"
     )
-    seed_everything(args.seed)
+    seed_everything(config.seed)
     return runtime
 
 
 def seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # every device
+    # NumPy takes 32 bits.
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _choose_device(wanted: str | None) -> torch.device:
+    """The device asked for; else CUDA, MPS or XPU if there is one, else the CPU."""
+    available = torch.accelerator.current_accelerator(check_available=True)
     if wanted is None:
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        device = available or torch.device("cpu")
+    else:
+        try:
+            device = torch.device(wanted)
+        except RuntimeError as error:
+            raise UserError(f"--device {wanted} is no device: pass cpu, cuda or cuda:0") from error
+    if device.type != "cpu" and (available is None or device.type != available.type):
+        seen = "no GPU" if available is None else f"only {available.type}"
         raise UserError(
-            f"--device {wanted} but PyTorch sees no GPU here: pass --device cpu, or install a CUDA build of PyTorch"
+            f"--device {wanted} but PyTorch sees {seen} here: pass --device cpu, or install a "
+            "build of PyTorch for it"
         )
-    if wanted == "cuda" or (wanted.startswith("cuda") and "LOCAL_RANK" in os.environ):
-        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        return torch.device(wanted)
-    except RuntimeError as error:
-        raise UserError(f"--device {wanted} is no device: pass cpu, cuda or cuda:0") from error
+    # Under torchrun each process of a machine has a GPU of its own.
+    if device.type == "cuda" and (device.index is None or "LOCAL_RANK" in os.environ):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def _choose_dtype(wanted: str, runtime: Runtime) -> tuple[torch.dtype, str]:
+    """(dtype of matrix products, why)."""
     if wanted == "float32":
         return torch.float32, "asked for"
-    if runtime.device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_faster = runtime.device.type == "cpu" and _product_seconds(
-            torch.bfloat16
-        ) < _product_seconds(torch.float32)
-        has_bfloat16 = (
-            runtime.sum_over_ranks(is_faster)[0] == runtime.world_size
-        )  # one choice for all ranks
-    if has_bfloat16:
+    is_good = _computes_bfloat16(runtime.device)
+    # One choice for all ranks.
+    if runtime.sum_over_ranks(is_good)[0] == runtime.world_size:
         return torch.bfloat16, "weights stay float32"
     return torch.float32, "bfloat16 is not faster here"
 
 
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth it: some CPUs have instructions for it that are slower."""
+    if device.type == "cpu":
+        return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        ones = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
+        return bool((ones @ ones).isfinite().all())
+    except (RuntimeError, TypeError):
+        return False
+
+
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Least time for a matrix product of the model's size: some CPUs have bf16 instructions that are slower than float32."""
+    """Least time of five matrix products of the model's size, in seconds."""
     x, weight = torch.ones(1024, 768, dtype=dtype), torch.ones(768, 2048, dtype=dtype)
     seconds = []
     for _ in range(5):

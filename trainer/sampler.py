@@ -1,4 +1,4 @@
-"""Which samples come together."""
+"""Which samples come together in a batch, an optimizer step, an epoch."""
 
 from collections.abc import Iterator
 
@@ -6,34 +6,48 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-class StepBatches(Sampler[list[int]]):
-    """Shuffled batches (by length where nothing is learned), the same samples in each optimizer step however it is cut up.
+class StepSampler(Sampler[list[int]]):
+    """Batches of sample indices; the same samples in each optimizer step however it is cut up.
 
-    An optimizer step takes world_size * accumulation_steps * batch_size samples; which ones depends on seed and epoch
-    only. Each rank yields its accumulation_steps batches of every step; no sample is left out or repeated. In the last
-    step, batches may be short or empty. Steps are random; within a step, samples are sorted by length, so that batches of one
-    step pad little and ranks wait little for each other. (Sorting over many steps would pad less, but batches of samples that are
-    alike teach less: dev/LOG.md, 2026-11-24.)
+    An optimizer step takes world_size * accumulation_steps * batch_size samples. Which ones depends
+    on seed and epoch alone. Each rank gets its accumulation_steps batches of every step; no sample
+    is left out or repeated. In the last step of an epoch, batches may be short or empty.
 
-    `epoch` and `samples_taken` are the position in the data: a run may go on from there with another number of samples in a step.
+    Steps are random. Within a step, samples are sorted by length, so that the batches of a step
+    have little padding and no rank waits long for another. Sorting over many steps would save more
+    padding, but batches of samples that are alike teach less (dev/LOG.md, 2026-11-24).
+
+    `epoch` and `samples_taken` are the position in the data: a run may continue from there with
+    another step size.
+
+    Args:
+        lengths: int[n], estimated tokens of each sample.
+        batch_size: samples in a batch, on each rank.
+        accumulation_steps: batches of a step, on each rank.
+        rank, world_size: which process this is, of how many.
+        seed: of the order.
+        shuffle: False takes the samples by length, for validation.
     """
 
     def __init__(
-        self, lengths: np.ndarray, batch_size: int, accumulation_steps: int = 1,
-        rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True,
-    ):  # fmt: skip
-        self.lengths, self.batch_size, self.accumulation_steps = (
-            lengths,
-            batch_size,
-            accumulation_steps,
-        )
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        self.lengths, self.seed, self.shuffle = lengths, seed, shuffle
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.samples_taken = 0  # in this epoch, over all ranks
+        self.samples_taken = 0  # in this epoch, on all ranks
 
     @property
     def step_size(self) -> int:
-        """Samples of an optimizer step, over all ranks."""
+        """Samples of an optimizer step, on all ranks."""
         return self.batch_size * self.accumulation_steps * self.world_size
 
     @property
@@ -43,7 +57,7 @@ class StepBatches(Sampler[list[int]]):
 
     @property
     def samples_done(self) -> int:
-        """Samples done over all epochs."""
+        """Samples of all epochs so far."""
         return self.epoch * len(self.lengths) + self.samples_taken
 
     def advance(self) -> None:
@@ -58,13 +72,12 @@ class StepBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = (
-            rng.permutation(len(self.lengths))
-            if self.shuffle
-            else np.argsort(self.lengths, kind="stable")
-        )
+        if self.shuffle:
+            order = rng.permutation(len(self.lengths))
+        else:
+            order = np.argsort(self.lengths, kind="stable")
         for start in range(self.samples_taken, len(order), self.step_size):
             step = order[start : start + self.step_size]
             step = step[np.argsort(self.lengths[step], kind="stable")]
-            parts = np.array_split(step, self.accumulation_steps * self.world_size)
-            yield from (part.tolist() for part in parts[self.rank :: self.world_size])
+            batches = np.array_split(step, self.accumulation_steps * self.world_size)
+            yield from (batch.tolist() for batch in batches[self.rank :: self.world_size])
