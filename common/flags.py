@@ -22,6 +22,7 @@ def option(
     least: float | None = None,
     aliases: tuple[str, ...] = (),
     group: str = "",
+    positional: bool = False,
 ) -> Any:
     """A field of a dataclass of options.
 
@@ -31,8 +32,9 @@ def option(
         least: the smallest number allowed.
         aliases: other names of the flag, such as "--data".
         group: title of the flags that begin with this one.
+        positional: given by its place, without a name.
     """
-    facts = {"help": help, "least": least, "aliases": aliases, "group": group}
+    facts = dict(help=help, least=least, aliases=aliases, group=group, positional=positional)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
     return dataclasses.field(default=default, metadata=facts)
@@ -52,7 +54,8 @@ def list_flags(defaults: Any) -> Iterator[Flag]:
     group = ""
     for field in dataclasses.fields(defaults):
         group = field.metadata["group"] or group
-        names = (f"--{field.name}", *field.metadata["aliases"])
+        name = field.name if field.metadata["positional"] else f"--{field.name}"
+        names = (name, *field.metadata["aliases"])
         yield Flag(names, field.metadata["help"], getattr(defaults, field.name), group)
 
 
@@ -79,7 +82,7 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
 
 def describe_default(default: Any) -> str:
     """ " (default: 16)"; nothing for flags that are off or whose help says what happens."""
-    if default is None or default is False or default == []:
+    if default is None or default is False or default in ("", []):
         return ""
     return f" (default: {' '.join(default) if isinstance(default, list) else default})"
 

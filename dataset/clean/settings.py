@@ -1,0 +1,47 @@
+"""What a cleaning can be told. Each field is a flag, but for `data` and `out`."""
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.errors import UserError
+from common.flags import check_options, option
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The result depends on all of these but `processes`. UserError for a value out of range."""
+
+    data: str = option("", "rows to clean: a .jsonl or .parquet file", positional=True)
+    out: str = option("", "new folder for the cleaned set", positional=True)
+    images: str | None = option(None, "folder or .zip of the pictures that a .jsonl names")
+    format: Literal["jsonl", "parquet"] = option("jsonl", "format of the cleaned set")
+    size: int = option(128, "pixels a side that pictures get; 0 leaves them as they are", least=0)
+    min_answer: int = option(2, "least characters of a row's answers together", least=0)
+    max_answer: int = option(4000, "most characters of a row's answers together", least=1)
+    min_side: int = option(32, "least pixels of a picture's shorter side", least=1)
+    max_aspect: float = option(5.0, "largest ratio of a picture's longer to shorter side", least=1)
+    languages: list[str] = option([], "languages of the answers, such as en zh; any if not given")
+    keep_duplicates: bool = option(False, "keep copies and near copies of other pictures")
+    keep_repeats: bool = option(False, "keep rows whose answers repeat those of an earlier row")
+    max_repeats: int = option(100, "rows that stay of those with the same short answer", least=1)
+    val_share: float = option(0.01, "share of the rows for validation, up to 0.5", least=0)
+    seed: int = option(0, "seed of the choice of validation rows", least=0)
+    processes: int = option(os.cpu_count() or 1, "processes that work at the same time", least=1)
+
+    def __post_init__(self):
+        check_options(self)
+        for name, most in (("size", 4096), ("val_share", 0.5), ("processes", 1024)):
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} is {getattr(self, name)}: it can be at most {most}")
+        for code in self.languages:
+            if not re.fullmatch("[a-z]{2,3}", code):
+                raise UserError(f"--languages {code}: give codes such as en zh")
+
+    def describe(self) -> dict:
+        """All that the result depends on, the version of the data file too."""
+        status, values = Path(self.data).stat(), asdict(self)
+        del values["processes"]
+        return values | {"bytes": status.st_size, "modified": status.st_mtime_ns}
