@@ -1,7 +1,10 @@
 """Text generation with a KV cache: prefill the prompt once, then decode one token at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,53 +13,85 @@ from common.errors import UserError
 from inference.cuda_graph import GraphDecoder
 from model.model_lm import KVCache
 
-GPU_TOKENS_UNREAD = 16  # tokens after which the host asks a GPU whether all answers have ended
-LIKELIEST = 256  # tokens ranked at first on a CPU: a tenth of the time that sorting all takes, and nearly always enough
+if TYPE_CHECKING:
+    from model.model_vlm import MiniMindVLM
+
+# Tokens after which the host asks a GPU whether all answers have ended.
+GPU_CHECK_INTERVAL = 16
+# Tokens that a CPU ranks at first: nearly always enough, in a tenth of the time of sorting all.
+N_LIKELIEST = 256
 
 
 def prefill(
-    model,
+    model: MiniMindVLM,
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor | None,
     image_features: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     cache: KVCache,
 ) -> torch.Tensor:
-    """Run the prompt int64[B, T] through the model and fill `cache`; returns float[B, vocab_size], the last position's logits."""
+    """Run the prompt through the model and fill the cache.
+
+    Args:
+        model: in eval mode.
+        input_ids: int64[B, T], the prompts.
+        pixel_values: float[k, 3, H, W], their images in order.
+        image_features: float[k, patches, vision_dim], instead of pixel_values.
+        attention_mask: int64[B, T], 0 at left padding.
+        cache: an empty one.
+
+    Returns float[B, vocab_size], the logits of the first new token.
+    """
     embeddings = model.embed(input_ids, pixel_values, image_features)
     hidden = model.run_layers(embeddings, attention_mask, cache)
     return model.output(hidden[:, -1])
 
 
 def decode_one_token(
-    model, token: torch.Tensor, *, attention_mask: torch.Tensor | None, cache: KVCache
+    model: MiniMindVLM, token: torch.Tensor, *, attention_mask: torch.Tensor | None, cache: KVCache
 ) -> torch.Tensor:
-    """int64[B], the tokens chosen last -> float[B, vocab_size], logits of the next ones. `attention_mask` [B, max_length]."""
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, : cache.length + 1]
-    hidden = model.run_layers(model.tok_embeddings(token[:, None]), attention_mask, cache)
+    """Run one token of each row through the model.
+
+    Args:
+        model: in eval mode.
+        token: int64[B], the tokens chosen last.
+        attention_mask: int64[B, max_length of the cache], 0 at left padding.
+        cache: holds all tokens before them.
+
+    Returns float[B, vocab_size], the logits of the next token.
+    """
+    embeddings = model.tok_embeddings(token[:, None])  # (B, 1, dim)
+    hidden = model.run_layers(embeddings, attention_mask, cache)
     return model.output(hidden[:, -1])
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """float[B, vocab_size] -> int64[B]. Temperature 0 takes the likeliest token; top_p < 1 samples from the likeliest
-    tokens that hold this probability together (nucleus sampling, Holtzman et al. 2020)."""
+    """Choose a token of each row: float[B, vocab_size] -> int64[B].
+
+    Temperature 0 takes the likeliest token. With top_p < 1 one is drawn from the likeliest tokens
+    that hold this probability together (nucleus sampling, Holtzman et al. 2020).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     if top_p == 1:
         return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
-    n_ranked = min(LIKELIEST, logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[-1]
-    ranked, order = probabilities.topk(n_ranked, dim=-1)
-    if n_ranked < logits.shape[-1] and (ranked.sum(dim=-1) < top_p).any():
+
+    # rank tokens by probability: on a CPU the likeliest, and all only if these are not enough
+    vocab_size = logits.shape[-1]
+    n_ranked = min(N_LIKELIEST, vocab_size) if logits.device.type == "cpu" else vocab_size
+    ranked, order = probabilities.topk(n_ranked, dim=-1)  # each (B, n_ranked)
+    if n_ranked < vocab_size and (ranked.sum(dim=-1) < top_p).any():
         ranked, order = probabilities.sort(dim=-1, descending=True)
-    outside = ranked.cumsum(dim=-1) - ranked >= top_p  # the token that crosses top_p still belongs
-    choice = torch.multinomial(ranked.masked_fill(outside, 0.0), num_samples=1)
+
+    # The token that crosses top_p still belongs.
+    is_outside = ranked.cumsum(dim=-1) - ranked >= top_p
+    choice = torch.multinomial(ranked.masked_fill(is_outside, 0.0), num_samples=1)  # (B, 1)
     return order.gather(-1, choice).squeeze(-1)
 
 
 def generate(
-    model,
+    model: MiniMindVLM,
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor | None = None,
     *,
@@ -69,66 +104,104 @@ def generate(
     pad_token_id: int = 0,
     stream: bool = False,
 ) -> torch.Tensor | Iterator[torch.Tensor]:
-    """Continue the prompts int64[B, T]; pad prompts of unequal length on the left and pass their attention_mask [B, T].
+    """Continue prompts.
 
-    Returns int64[B, T + N]: prompt and answer, `pad_token_id` after an answer's `eos_token_id`. With `stream=True`
-    returns an iterator of int64[B, n], all new tokens so far, one step at a time. At most `max_new_tokens` are new, fewer
-    where the model's max_seq_len leaves no room. Raises UserError for a prompt that fills max_seq_len by itself.
+    Args:
+        model: in eval mode.
+        input_ids: int64[B, T], the prompts; shorter ones are padded on the left.
+        pixel_values: float[k, 3, H, W], the images of all prompts in order.
+        image_features: float[k, patches, vision_dim], instead of pixel_values.
+        attention_mask: int64[B, T], 0 at padding.
+        max_new_tokens: longest answer; it is shorter if max_seq_len leaves less room.
+        temperature: 0 takes the likeliest token; larger numbers give rarer ones a chance.
+        top_p: probability that the tokens to choose from hold together, above 0, at most 1.
+        eos_token_id: an answer ends with this token.
+        pad_token_id: what follows an answer that ended before the others.
+        stream: return an iterator of int64[B, n], all new tokens so far, one step at a time.
+
+    Returns int64[B, T + N], prompts and answers. UserError for a prompt that fills max_seq_len by
+    itself, or an option that cannot be.
     """
-    prompt_length = input_ids.shape[1]
-    room = model.config.max_seq_len - prompt_length
-    if room < 1:
+    # check
+    prompt_length, max_seq_len = input_ids.shape[1], model.config.max_seq_len
+    n_free = max_seq_len - prompt_length
+    if n_free < 1:
         raise UserError(
-            f"the prompt has {prompt_length} tokens but max_seq_len is {model.config.max_seq_len}: shorten the prompt"
+            f"the prompt has {prompt_length} tokens but max_seq_len is {max_seq_len}: "
+            "shorten the prompt"
         )
-    if temperature < 0:
+    if not temperature >= 0:
         raise UserError(f"temperature is {temperature}: it has to be at least 0")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: it has to be above 0 and at most 1")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it has to be at least 1")
-    steps = _steps(
-        model, input_ids, pixel_values, image_features, attention_mask,
-        min(max_new_tokens, room), temperature, top_p, eos_token_id, pad_token_id,
-        check_every=GPU_TOKENS_UNREAD if input_ids.is_cuda and not stream else 1,
-    )  # fmt: skip
+
+    # generate
+    steps = _generate_steps(
+        model,
+        input_ids,
+        pixel_values,
+        image_features,
+        attention_mask,
+        max_new_tokens=min(max_new_tokens, n_free),
+        choose=partial(sample, temperature=temperature, top_p=top_p),
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        check_interval=GPU_CHECK_INTERVAL if input_ids.is_cuda and not stream else 1,
+    )
     if stream:
         return steps
-    *_, new_tokens = [input_ids[:, :0], *steps]
+    *_, new_tokens = steps
     return torch.cat((input_ids, cut_after_end(new_tokens, eos_token_id)), dim=1)
 
 
 def cut_after_end(new_tokens: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """int64[B, N] up to where the last answer ends: a GPU may have gone on before the host asked."""
+    """Cut int64[B, N] where the last answer ends: a GPU may have gone on before the host asked."""
     has_ended = (new_tokens == eos_token_id).cumsum(dim=1).bool().all(dim=0)  # (N,)
     return new_tokens[:, : int((~has_ended).sum()) + 1]
 
 
 @torch.inference_mode()
-def _steps(
-    model, input_ids, pixel_values, image_features, attention_mask,
-    max_new_tokens, temperature, top_p, eos_token_id, pad_token_id, check_every,
-) -> Iterator[torch.Tensor]:  # fmt: skip
+def _generate_steps(
+    model: MiniMindVLM,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    image_features: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    *,
+    max_new_tokens: int,
+    choose,
+    eos_token_id: int,
+    pad_token_id: int,
+    check_interval: int,
+) -> Iterator[torch.Tensor]:
+    """Yield int64[B, n], all new tokens so far, for n = 1, 2, 3 ...
+
+    Args: those of `generate`, and
+        choose: float[B, vocab_size] logits -> int64[B] tokens.
+        check_interval: tokens after which to look whether all answers have ended.
+    """
+    # prefill
     batch_size, prompt_length = input_ids.shape
-    dtype = model.tok_embeddings.weight.dtype
-    cache = KVCache(
-        model.config, batch_size, prompt_length + max_new_tokens, input_ids.device, dtype
-    )
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
-    tokens = input_ids.new_empty(batch_size, max_new_tokens)
+    device, dtype = input_ids.device, model.tok_embeddings.weight.dtype
+    cache = KVCache(model.config, batch_size, prompt_length + max_new_tokens, device, dtype)
     logits = prefill(model, input_ids, pixel_values, image_features, attention_mask, cache)
+
+    # decode
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
     decode = partial(decode_one_token, model, attention_mask=attention_mask, cache=cache)
+    has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    tokens = input_ids.new_empty(batch_size, max_new_tokens)
     for n in range(max_new_tokens):
-        if (
-            n == 1 and input_ids.is_cuda
-        ):  # not before the first token is out: recording takes some time
-            decode = GraphDecoder(model, cache, attention_mask)
+        # Recording a graph takes some time, so the first token is given out before.
+        if n == 1 and device.type == "cuda":
+            decode = GraphDecoder(decode, cache, batch_size)
         if n > 0:
             logits = decode(tokens[:, n - 1])
-        tokens[:, n] = sample(logits, temperature, top_p).masked_fill(finished, pad_token_id)
-        finished |= tokens[:, n] == eos_token_id
+        tokens[:, n] = choose(logits).masked_fill(has_ended, pad_token_id)
+        has_ended |= tokens[:, n] == eos_token_id
         yield tokens[:, : n + 1]
-        if (n + 1) % check_every == 0 and finished.all():
+        if (n + 1) % check_interval == 0 and has_ended.all():
             return

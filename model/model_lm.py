@@ -1,6 +1,7 @@
-"""The MiniMind language model: a pre-norm Llama block with grouped-query attention, read from leaf to root.
+"""The MiniMind language model: a pre-norm Llama block with grouped-query attention.
 
-State-dict names are those of the published weights.
+Read from leaf to root. State-dict names are those of the published weights. Shapes: B rows of a
+batch, T new tokens, S tokens that attention looks at (the cached ones and the new).
 """
 
 import math
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import UserError
 from model.LMConfig import LMConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm, computed in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -21,38 +23,59 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The same in one kernel.
         if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # the same in one kernel
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normed.type_as(x) * self.weight
 
 
 def rope_table(head_dim: int, max_seq_len: int, theta: float) -> torch.Tensor:
-    """float[max_seq_len, head_dim / 2, 2]: cosine and sine of every position and frequency (Su et al. 2021)."""
+    """Cosine and sine of every position and frequency (rotary embedding, Su et al. 2021).
+
+    Returns float[max_seq_len, head_dim / 2, 2].
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(max_seq_len).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the *interleaved* pairs (x0, x1), (x2, x3) … of float[B, T, n_heads, head_dim] by rope[(B,) T, head_dim / 2, 2].
+    """Rotate the *interleaved* pairs (x0, x1), (x2, x3) ... of each head by its token's angles.
 
-    A pair is a complex number and a rotation its product with another: one kernel in place of eight. A compiler
-    merges the eight by itself, and has none for complex numbers.
+    Args:
+        x: float[B, T, n_heads, head_dim], queries or keys.
+        rope: float[T, head_dim / 2, 2] or float[B, T, head_dim / 2, 2], rows of `rope_table`.
+
+    Returns float[B, T, n_heads, head_dim].
     """
+    # torch.compile merges these kernels by itself, and has none for complex numbers.
     if torch.compiler.is_compiling():
-        cos, sin = rope.unsqueeze(-3).unbind(-1)  # each (…, T, 1, head_dim / 2)
-        x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, T, n_heads, head_dim / 2)
-        return (
-            torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).type_as(x)
-        )
-    rotation = torch.view_as_complex(rope).unsqueeze(-2)  # (…, T, 1, head_dim / 2)
+        cos, sin = rope.unsqueeze(-3).unbind(-1)  # (..., T, 1, head_dim / 2)
+        x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, n_heads, head_dim / 2)
+        rotated = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
+        return rotated.flatten(-2).type_as(x)  # (B, T, n_heads, head_dim)
+
+    # A pair is a complex number and a rotation a product: one kernel instead of eight.
+    rotation = torch.view_as_complex(rope).unsqueeze(-2)  # (..., T, 1, head_dim / 2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, n_heads, head_dim / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, n_heads, head_dim)
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `max_length` tokens and filled from the left."""
+    """Keys and values of every layer, allocated once and filled from the left.
+
+    Where the next token goes is stored twice: as a number for the host (`length`), and as a tensor
+    on the device (`position`). A CUDA graph replays kernels without the host, so it can only follow
+    the tensor.
+
+    Args:
+        config: sizes of the model.
+        batch_size: rows of a batch.
+        max_length: most tokens of a row, prompt and answer together.
+        device: of the model.
+        dtype: of keys and values.
+    """
 
     def __init__(
         self,
@@ -64,26 +87,47 @@ class KVCache:
     ):
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, max_length, config.head_dim)
         store = torch.empty(shape, device=device, dtype=dtype)
-        self.layers = [
-            layer.unbind(0) for layer in store
-        ]  # (keys, values) each (B, n_kv_heads, max_length, head_dim)
-        self.length = 0  # tokens stored by finished forward passes
+        # of each layer: keys and values (B, n_kv_heads, max_length, head_dim)
+        self.layers = [layer.unbind(0) for layer in store]
+        self.max_length = max_length
+        self.length = 0
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        # A CUDA graph needs shapes that never change: attention then gets all `max_length` tokens
+        # and a mask, instead of the first `length`.
+        self.has_fixed_shape = False
+
+    @property
+    def n_visible(self) -> int:
+        """Number of tokens that `update` returns."""
+        return self.max_length if self.has_fixed_shape else self.length
+
+    def reserve(self, n_new: int) -> torch.Tensor:
+        """int64[n_new]: the positions of the next tokens, which `update` fills layer by layer."""
+        self.new_positions = self.position + torch.arange(n_new, device=self.position.device)
+        self.length += n_new
+        self.position += n_new
+        return self.new_positions
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store float[B, n_kv_heads, T, head_dim] behind what is there; returns all keys and values so far."""
-        n_new = keys.shape[2]
+        """Store float[B, n_kv_heads, T, head_dim] of the reserved positions.
+
+        Returns all keys and values of the layer, float[B, n_kv_heads, S, head_dim].
+        """
         all_keys, all_values = self.layers[layer]
-        all_keys.narrow(2, self.length, n_new).copy_(keys)
-        all_values.narrow(2, self.length, n_new).copy_(values)
-        return all_keys.narrow(2, 0, self.length + n_new), all_values.narrow(
-            2, 0, self.length + n_new
-        )
+        all_keys.index_copy_(2, self.new_positions, keys)
+        all_values.index_copy_(2, self.new_positions, values)
+        return all_keys[:, :, : self.n_visible], all_values[:, :, : self.n_visible]
+
+    def rewind(self, length: int) -> None:
+        """Go on behind the first `length` tokens."""
+        self.length = length
+        self.position.fill_(length)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: `n_heads` queries share `n_kv_heads` keys and values (Ainslie et al. 2023)."""
+    """Grouped-query attention: `n_heads` queries share `n_kv_heads` keys (Ainslie et al. 2023)."""
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
@@ -96,17 +140,32 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
-        """float[B, T, dim] -> float[B, T, dim]. `mask` bool[B, 1, T, S] says what may be seen; None means causal."""
+        """Mix the values of the tokens that each token may look at.
+
+        Args:
+            x: float[B, T, dim].
+            rope: see `apply_rope`.
+            mask: bool[B or 1, 1, T, S], True where a token may look; None means that each token
+                looks at itself and at all before it.
+            cache: gives the keys and values of earlier tokens, and stores the new ones.
+
+        Returns float[B, T, dim].
+        """
+        # project
         queries = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_heads, head_dim)
         keys = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
-        values = (
-            self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        )  # (B, n_kv_heads, T, head_dim)
-        queries = apply_rope(queries, rope).transpose(1, 2)  # (B, n_heads, T, head_dim)
-        keys = apply_rope(keys, rope).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        values = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
+
+        # rotate, then heads before tokens: (B, n_heads or n_kv_heads, T, head_dim)
+        queries = apply_rope(queries, rope).transpose(1, 2)
+        keys = apply_rope(keys, rope).transpose(1, 2)
+        values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
-        if queries.shape[2] == 1 and mask is None and queries.device.type == "cpu":
+
+        # attend
+        is_one_token = queries.shape[2] == 1
+        if is_one_token and mask is None and queries.device.type == "cpu":
             mixed = self._attend_one(queries, keys, values)
         else:
             mixed = F.scaled_dot_product_attention(
@@ -115,7 +174,7 @@ class Attention(nn.Module):
                 values,
                 attn_mask=mask,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and queries.shape[2] > 1,
+                is_causal=mask is None and not is_one_token,
                 enable_gqa=True,
             )
         return self.wo(mixed.transpose(1, 2).flatten(2))  # (B, T, dim)
@@ -123,15 +182,16 @@ class Attention(nn.Module):
     def _attend_one(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """One new token on a CPU, a third of the time that the general kernel needs: the queries that share a key are rows
-        of one product. float[B, n_heads, 1, head_dim] -> the same."""
-        grouped = queries.view(
-            len(queries), keys.shape[1], -1, self.head_dim
-        )  # (B, n_kv_heads, n_rep, head_dim)
-        scores = (grouped * self.head_dim**-0.5) @ keys.transpose(
-            -2, -1
-        )  # (B, n_kv_heads, n_rep, S)
-        return (scores.softmax(dim=-1) @ values).view_as(queries)
+        """Attention of one new token to all: float[B, n_heads, 1, head_dim] -> the same.
+
+        The queries that share a key are rows of one product: on a CPU that takes a third of the
+        time of the general kernel.
+        """
+        # queries (B, n_kv_heads, n_heads / n_kv_heads, head_dim)
+        grouped = queries.view(len(queries), keys.shape[1], -1, self.head_dim)
+        # scores (B, n_kv_heads, n_heads / n_kv_heads, S)
+        scores = (grouped * self.head_dim**-0.5) @ keys.transpose(-2, -1)
+        return (scores.softmax(dim=-1) @ values).view_as(queries)  # (B, n_heads, 1, head_dim)
 
 
 class FeedForward(nn.Module):
@@ -148,6 +208,8 @@ class FeedForward(nn.Module):
 
 
 class MiniMindBlock(nn.Module):
+    """Attention, then feed-forward; each reads a normed copy and adds to what came in."""
+
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
         self.attention = Attention(config, layer)
@@ -159,6 +221,7 @@ class MiniMindBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None, cache: KVCache | None
     ) -> torch.Tensor:
+        """float[B, T, dim] -> float[B, T, dim]; the arguments are those of `Attention.forward`."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
@@ -182,18 +245,18 @@ class MiniMindLM(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
 
     def _init_weights(self) -> None:
-        """Start for training from nothing. Scales follow the width, so that attention is not flat at dim 128; embeddings
-        are large beside what the blocks add at first, so that a token's identity reaches every layer."""
+        """Random weights to train from.
+
+        Scales follow the width, so that attention is not flat at dim 128. Embeddings are large
+        beside what the blocks add at first, so that a token's identity reaches every layer.
+        """
         scale = self.config.dim**-0.5
+        # What a block adds to its input starts smaller, as in GPT-2, section 2.3.
+        residual_scale = scale / math.sqrt(2 * self.config.n_layers)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                is_residual = name.endswith(
-                    ("wo.weight", "w2.weight")
-                )  # smaller, as in GPT-2, section 2.3
-                nn.init.normal_(
-                    weight,
-                    std=scale / math.sqrt(2 * self.config.n_layers) if is_residual else scale,
-                )
+                is_residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(weight, std=residual_scale if is_residual else scale)
         nn.init.normal_(self.tok_embeddings.weight, std=3 * scale)
 
     def run_layers(
@@ -202,39 +265,66 @@ class MiniMindLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """float[B, T, dim] embeddings -> float[B, T, dim] final hidden states, ready for `output`.
+        """Run all blocks: the one way of training, prefill, decoding and CUDA graphs.
 
-        `attention_mask` bool or int[B, S] has 0 at padding, S counting what the cache holds too. It is needed for left
-        padding only: right padding is never seen by a causal model.
+        Args:
+            embeddings: float[B, T, dim] of the new tokens.
+            attention_mask: bool or int[B, S], 0 at padding, cached tokens included; it may be
+                longer than needed. Only padding on the left needs one: a causal model never sees
+                what is on the right.
+            cache: keys and values of earlier tokens; it gets those of the new ones.
+
+        Returns float[B, T, dim], final hidden states, ready for `output`. UserError for more than
+        max_seq_len tokens.
         """
-        past = cache.length if cache is not None else 0
-        length = past + embeddings.shape[1]
+        n_new = embeddings.shape[1]
+        length = n_new if cache is None else cache.length + n_new
         if length > self.config.max_seq_len:
-            raise ValueError(
-                f"{length} tokens are more than max_seq_len {self.config.max_seq_len}: shorten the input"
+            raise UserError(
+                f"{length} tokens are more than the model's max_seq_len of "
+                f"{self.config.max_seq_len}: shorten the input"
             )
-        rope, mask = self.rope[past:length], None
+
+        # positions: where the new tokens are among those that attention looks at
+        if cache is None:
+            positions, n_visible = torch.arange(n_new, device=embeddings.device), n_new
+        else:
+            positions, n_visible = cache.reserve(n_new), cache.n_visible
+        rope = self.rope[positions]  # (T, head_dim / 2, 2)
         if attention_mask is not None:
-            rope = self.rope[
-                (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-            ]  # (B, T, head_dim / 2, 2)
-        if attention_mask is not None or (past > 0 and embeddings.shape[1] > 1):
-            mask = _visible(past, length, attention_mask, embeddings.device)
+            attention_mask = attention_mask[:, :n_visible]
+            # Padding does not count: a row's first token is at 0.
+            text_positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S)
+            rope = self.rope[text_positions[:, positions]]  # (B, T, head_dim / 2, 2)
+
+        # Attention needs no mask if every token sees all before it, and there is nothing else.
+        is_plain = n_visible == n_new or (n_new == 1 and n_visible == length)
+        mask = None
+        if attention_mask is not None or not is_plain:
+            mask = find_visible(positions, n_visible, attention_mask)
+
         hidden = self.dropout(embeddings)
         for layer in self.layers:
             hidden = layer(hidden, rope, mask, cache)
-        if cache is not None:
-            cache.length = length
         return self.norm(hidden)
 
 
-def _visible(
-    past: int, length: int, attention_mask: torch.Tensor | None, device: torch.device
+def find_visible(
+    positions: torch.Tensor, n_visible: int, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """bool[B or 1, 1, T, S]: what each new position may look at; at least itself, padding too, lest softmax give NaN."""
-    positions = torch.arange(length, device=device)
-    rows = positions[past:, None]  # (T, 1)
-    visible = (positions <= rows)[None, None]  # (1, 1, T, S)
+    """Which tokens each new token may look at.
+
+    Args:
+        positions: int64[T] of the new tokens.
+        n_visible: S, number of tokens that attention gets.
+        attention_mask: bool or int[B, S], 0 at padding.
+
+    Returns bool[B or 1, 1, T, S].
+    """
+    columns = torch.arange(n_visible, device=positions.device)
+    rows = positions[:, None]  # (T, 1)
+    visible = (columns <= rows)[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
-        visible = visible & attention_mask.bool()[:, None, None, :] | (positions == rows)
+        # Padding sees itself: a softmax over nothing would be NaN.
+        visible = visible & attention_mask.bool()[:, None, None, :] | (columns == rows)
     return visible

@@ -1,26 +1,38 @@
-"""MiniMind-V: image -> frozen CLIP -> one linear projector -> rows of the language model's input embeddings."""
+"""MiniMind-V: image -> frozen CLIP -> one linear projector -> rows of the language model's input.
 
-from typing import NamedTuple
+pixel_values ── encode_images ──> image_features ── vision_proj ──> patch embeddings
+input_ids    ── tok_embeddings ─> embeddings, those of the image tokens replaced by patches
+             ── run_layers ─────> hidden states ── output ──> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionModel
 
-from inference.generate import generate
+from common.errors import UserError
 from model.labels import find_labels
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache, MiniMindLM
 from model.vision import patch_features
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
+
 
 class VLMOutput(NamedTuple):
+    """What a forward pass returns."""
+
     logits: torch.Tensor | None  # float[B, T, vocab_size]
-    loss: torch.Tensor | None  # float[], mean over the label tokens
+    loss: torch.Tensor | None  # float[]
 
 
 class VisionProj(nn.Module):
-    """One linear map from a patch feature to an embedding; the nesting is that of the published key names."""
+    """One linear map from a patch feature to an embedding; published names need the nesting."""
 
     def __init__(self, vision_dim: int, dim: int):
         super().__init__()
@@ -34,24 +46,39 @@ class VisionProj(nn.Module):
 def find_image_tokens(
     input_ids: torch.Tensor, image_token_id: int, n_image_tokens: int
 ) -> torch.Tensor:
-    """int64[k * n_image_tokens]: where in int64[B, T], counted over B * T, the tokens are that stand for patches.
+    """Flat indices (into B*T) of the image tokens.
 
-    A run of exactly k * n_image_tokens placeholder ids stands for k images; a run of any other length is text (an
-    e-mail address has a run of one). Runs end at the row's end.
+    A run of k * n_image_tokens times `image_token_id` stands for k images; a run of any other
+    length is text (an e-mail address has a run of one). A run ends with its row.
+
+    Args:
+        input_ids: int64[B, T].
+        image_token_id: id of '@'.
+        n_image_tokens: tokens of one image, one a patch.
+
+    Returns int64[k * n_image_tokens].
     """
-    is_token = input_ids == image_token_id
-    starts = is_token.clone()
-    starts[:, 1:] &= ~is_token[:, :-1]
-    run = starts.flatten().cumsum(
-        0
-    )  # (B * T,) number of the run that a token belongs to, or of the last one before it
-    run_length = torch.bincount(run[is_token.flatten()], minlength=run.numel() + 1)
-    is_patch = is_token.flatten() & (run_length[run] % n_image_tokens == 0)  # (B * T,)
-    return is_patch.nonzero().squeeze(-1)
+    is_candidate = input_ids == image_token_id  # (B, T)
+    # number the runs: a token that is no candidate has the number of the run before it
+    starts = is_candidate.clone()
+    starts[:, 1:] &= ~is_candidate[:, :-1]
+    run = starts.flatten().cumsum(0)  # (B * T,)
+
+    # measure the runs
+    is_candidate = is_candidate.flatten()  # (B * T,)
+    run_length = torch.bincount(run[is_candidate], minlength=run.numel() + 1)
+    is_image = is_candidate & (run_length[run] % n_image_tokens == 0)  # (B * T,)
+    return is_image.nonzero().squeeze(-1)
 
 
 class MiniMindVLM(MiniMindLM):
-    """The language model with eyes. `vision_encoder` may be None for text, or where `image_features` are given."""
+    """The language model with eyes.
+
+    Args:
+        config: sizes of both.
+        vision_encoder: CLIP's vision half, see model/vision.py; it is frozen here. None if the
+            model only gets text, or `image_features` instead of pictures.
+    """
 
     def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
         super().__init__(config)
@@ -62,7 +89,8 @@ class MiniMindVLM(MiniMindLM):
         self.vision_proj = VisionProj(config.vision_dim, config.dim)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> "MiniMindVLM":
+    def train(self, mode: bool = True) -> MiniMindVLM:
+        """The same as for any module, but the vision encoder stays in eval mode."""
         super().train(mode)
         if self.vision_encoder is not None:
             self.vision_encoder.eval()
@@ -71,8 +99,9 @@ class MiniMindVLM(MiniMindLM):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """float[k, 3, H, W] -> float[k, patches, vision_dim], without gradient."""
         if self.vision_encoder is None:
-            raise ValueError(
-                f"{len(pixel_values)} images but no vision encoder: pass vision_encoder to MiniMindVLM"
+            raise UserError(
+                f"{len(pixel_values)} images but no vision encoder: pass vision_encoder to "
+                "MiniMindVLM"
             )
         return patch_features(self.vision_encoder, pixel_values)
 
@@ -83,42 +112,49 @@ class MiniMindVLM(MiniMindLM):
         image_features: torch.Tensor | None = None,
         image_token_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """int64[B, T] -> float[B, T, dim], with the rows of the placeholders replaced by the projected patches.
+        """Embed the tokens, those of an image as its projected patches.
 
-        `image_token_indices` are what `find_image_tokens` gives; found here where missing, which a GPU's host has to wait for.
-        Raises ValueError where the images, in order over the batch, are not as many as the placeholders.
+        Args:
+            input_ids: int64[B, T].
+            pixel_values: float[k, 3, H, W], all images of the batch in order.
+            image_features: float[k, patches, vision_dim], instead of pixel_values.
+            image_token_indices: see `find_image_tokens`; found here if not given, for which the
+                host has to wait for a GPU.
+
+        Returns float[B, T, dim]. UserError if there are more or fewer images than runs of image
+        tokens.
         """
         if image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         embeddings = self.tok_embeddings(input_ids)
+
+        # count the images on both sides
         n_image_tokens = self.config.n_image_tokens
         if image_token_indices is None:
             image_token_indices = find_image_tokens(
                 input_ids, self.config.image_token_id, n_image_tokens
             )
-        n_placeholders = len(image_token_indices) // n_image_tokens
+        n_expected = len(image_token_indices) // n_image_tokens
         n_images = 0 if image_features is None else len(image_features)
-        if n_placeholders != n_images:
-            raise ValueError(
-                f"the text has {n_placeholders} image placeholders of {n_image_tokens} tokens but {n_images} images "
-                "came with it: give one image for each placeholder"
+        if n_expected != n_images:
+            raise UserError(
+                f"the text has tokens for {n_expected} images ({n_image_tokens} each) but "
+                f"{n_images} images came with it: give one image for each"
             )
-        if n_images:
-            patches = self.vision_proj(
-                image_features.to(self.vision_proj.vision_proj[0].weight.dtype)
-            )
-            rows = patches.flatten(0, 1).to(embeddings.dtype)  # (k * n_image_tokens, dim)
-            return (
-                embeddings.flatten(0, 1)
-                .index_copy(0, image_token_indices, rows)
-                .view_as(embeddings)
-            )  # (B, T, dim)
-        if self.training:  # a batch of text only: the projector still takes part, so that DDP ranks wait for no one
-            return (
-                embeddings
-                + 0.0 * self.vision_proj(embeddings.new_zeros(1, self.config.vision_dim)).sum()
-            )
-        return embeddings
+
+        if n_images == 0:
+            # The projector takes part in text-only batches too: DDP waits for all its gradients.
+            if self.training:
+                no_patch = embeddings.new_zeros(1, self.config.vision_dim)
+                embeddings = embeddings + 0.0 * self.vision_proj(no_patch).sum()
+            return embeddings
+
+        # one write for all images
+        projector = self.vision_proj.vision_proj[0]
+        patches = self.vision_proj(image_features.to(projector.weight.dtype))
+        rows = patches.flatten(0, 1).to(embeddings.dtype)  # (k * n_image_tokens, dim)
+        flat = embeddings.flatten(0, 1)  # (B * T, dim)
+        return flat.index_copy(0, image_token_indices, rows).view_as(embeddings)  # (B, T, dim)
 
     def forward(
         self,
@@ -132,33 +168,50 @@ class MiniMindVLM(MiniMindLM):
         image_token_indices: torch.Tensor | None = None,
         label_indices: torch.Tensor | None = None,
     ) -> VLMOutput:
-        """Next-token logits and, with `labels`, their loss.
+        """Logits of the next tokens and, with labels, their loss.
 
-        input_ids: int64[B, T]; pixel_values: float[k, 3, H, W], all images of the batch in order, or image_features
-        float[k, patches, vision_dim] in their place; labels: int64[B, T] aligned with input_ids, -100 where nothing is
-        learned; attention_mask: [B, S], for left padding. `return_logits=False` computes the head only where there is
-        a label: at 6,400 words it is a third of a pretraining step. `image_token_indices` and `label_indices`, from
-        `find_image_tokens` and `find_labels`, spare the host a wait for the device.
+        Args:
+            input_ids: int64[B, T].
+            pixel_values: float[k, 3, H, W], all images of the batch in order.
+            labels: int64[B, T], aligned with input_ids; -100 for tokens that the loss leaves out.
+            attention_mask: int64[B, S], see `run_layers`.
+            image_features: float[k, patches, vision_dim], instead of pixel_values.
+            cache: see `run_layers`.
+            return_logits: False computes the output head for label tokens only; with 6,400 words
+                the whole is a third of a pretraining step.
+            image_token_indices: see `find_image_tokens`.
+            label_indices: see `find_labels`. With both indices given, the host never waits for a
+                GPU.
         """
         embeddings = self.embed(input_ids, pixel_values, image_features, image_token_indices)
         hidden = self.run_layers(embeddings, attention_mask, cache)
         logits = self.output(hidden) if return_logits else None
-        return VLMOutput(
-            logits, None if labels is None else self.loss(hidden, labels, label_indices)
-        )
+        loss = None if labels is None else self.loss(hidden, labels, label_indices)
+        return VLMOutput(logits, loss)
 
     def loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, label_indices: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Mean cross-entropy over the label tokens (0 where there are none). The one place where labels are shifted."""
+        """Mean cross-entropy over the label tokens; 0 if there are none.
+
+        Args:
+            hidden: float[B, T, dim], see `run_layers`.
+            labels: int64[B, T].
+            label_indices: see `find_labels`; found here if not given.
+        """
         if label_indices is None:
             label_indices = find_labels(labels)
-        logits = self.output(hidden.flatten(0, 1)[label_indices - 1])  # (label tokens, vocab_size)
+        # The one place where labels are shifted: a token is predicted by the one before it.
+        predictors = hidden.flatten(0, 1)[label_indices - 1]  # (label tokens, dim)
+        logits = self.output(predictors)  # (label tokens, vocab_size)
         total = F.cross_entropy(logits.float(), labels.flatten()[label_indices], reduction="sum")
         return total / max(len(label_indices), 1)
 
     def generate(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **options
-    ):
-        """See model.generation.generate."""
+    ) -> torch.Tensor | Iterator[torch.Tensor]:
+        """Continue prompts: see `generate` in inference/generate.py for the options."""
+        # The one import from outside: the network itself needs no decoder.
+        from inference.generate import generate
+
         return generate(self, input_ids, pixel_values, **options)

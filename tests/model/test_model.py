@@ -1,4 +1,4 @@
-"""Sizes, what learns, and the vision encoder."""
+"""Sizes, what is trainable, and the vision encoder."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ def test_published_sizes(dim, n_layers, hidden_dim, n_parameters):
     assert config.hidden_dim == hidden_dim
 
 
-def test_pretraining_learns_what_was_published():
+def test_pretraining_trains_what_was_published():
     model = MiniMindVLM(VLMConfig())
-    learned = set_trainable(model, lambda name: name.startswith(("vision_proj.", "layers.7.")))
-    assert sum(p.numel() for p in learned) == 3_212_800
+    trainable = set_trainable(model, lambda name: name.startswith(("vision_proj.", "layers.7.")))
+    assert sum(p.numel() for p in trainable) == 3_212_800
     assert sum(p.numel() for p in VisionProj(768, 512).parameters()) == 393_728
 
 
@@ -39,7 +39,7 @@ def test_sizes_that_cannot_work_are_refused_with_both_numbers():
         LMConfig(dim=130)
     with pytest.raises(UserError, match="n_heads 8 .* n_kv_heads 3"):
         LMConfig(n_kv_heads=3)
-    with pytest.raises(UserError, match="196 patches .* makes 9"):
+    with pytest.raises(UserError, match="196 tokens .* makes 9 patches"):
         MiniMindVLM(VLMConfig(), small_vision_encoder())
     with pytest.raises(UserError, match="100 characters but image_ids has 196"):
         VLMConfig(image_special_token="@" * 100, image_ids=[34] * 196)
@@ -51,7 +51,7 @@ def test_configs_survive_a_file(tmp_path):
     assert VLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_a_larger_tower_works_by_configuration(tokenizer):
+def test_a_larger_vision_encoder_works_by_configuration(tokenizer):
     """576 patches, as ViT-L/14-336 has."""
     config = CLIPVisionConfig(
         hidden_size=48,
@@ -85,7 +85,7 @@ def test_a_larger_tower_works_by_configuration(tokenizer):
 
 @pytest.fixture
 def whole_clip(tmp_path):
-    """A CLIP with both halves, as openai/clip-vit-base-patch16 is, in the sub-folder people download it to."""
+    """A CLIP with both halves, as published, in the sub-folder people download it to."""
     vision = small_vision_encoder().config.to_dict()
     text = dict(
         hidden_size=32,
@@ -139,7 +139,7 @@ def test_missing_or_broken_clip_says_what_to_do(tmp_path, whole_clip):
         load_vision_encoder(folder)
 
 
-def test_the_tower_stays_in_eval_mode():
+def test_the_vision_encoder_stays_in_eval_mode():
     model = small_model().train()
     assert model.training and not model.vision_encoder.training
 
@@ -173,7 +173,7 @@ def test_preprocessing_is_clips(tokenizer, image):
 
 
 def test_head_runs_only_where_labels_are(model):
-    """The loss does not depend on whether logits are returned, and padding on the right changes nothing."""
+    """The loss is the same without logits, and padding on the right changes nothing."""
     input_ids = torch.randint(40, 600, (2, 20))
     labels = torch.where(torch.rand(2, 20) < 0.3, input_ids, -100)
     loss = model(input_ids, labels=labels).loss

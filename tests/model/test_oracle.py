@@ -1,5 +1,7 @@
 """The network against an independent one: transformers' stock LlavaForConditionalGeneration."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,11 +59,11 @@ ROWS = {
 
 def oracle_inputs(model, rows):
     input_ids = torch.tensor(rows)
-    positions = find_image_tokens(input_ids, AT, N_PATCHES)
-    n_images = len(positions) // N_PATCHES
+    indices = find_image_tokens(input_ids, AT, N_PATCHES)
+    n_images = len(indices) // N_PATCHES
     return (
         input_ids,
-        to_llava_ids(input_ids, positions, model.config),
+        to_llava_ids(input_ids, indices, model.config),
         images(n_images) if n_images else None,
     )
 
@@ -86,7 +88,10 @@ def test_logits_and_loss_equal_llava(model, llava, name):
 
 @torch.no_grad()
 def test_every_image_goes_to_its_own_row(model):
-    """Swapping the images of two rows must swap what the rows say (the published loop mixed batch and image dimensions)."""
+    """Swapping the images of two rows must swap what the rows say.
+
+    The published loop mixed batch and image dimensions.
+    """
     input_ids, _, pixel_values = oracle_inputs(
         model, [tokens(2) + IMAGE + tokens(3), tokens(2) + IMAGE + tokens(3)]
     )
@@ -104,9 +109,13 @@ def test_greedy_decoding_equals_llava(model, llava, name):
     ours = model.generate(input_ids, pixel_values, max_new_tokens=20, temperature=0)
     shown = {} if pixel_values is None else {"pixel_values": pixel_values}
     theirs = llava.generate(
-        input_ids=llava_ids, attention_mask=torch.ones_like(llava_ids), max_new_tokens=20, do_sample=False,
-        suppress_tokens=[model.config.vocab_size], **shown,
-    )  # fmt: skip
+        input_ids=llava_ids,
+        attention_mask=torch.ones_like(llava_ids),
+        max_new_tokens=20,
+        do_sample=False,
+        suppress_tokens=[model.config.vocab_size],
+        **shown,
+    )
     assert ours[0, input_ids.shape[1] :].tolist() == theirs[0, input_ids.shape[1] :].tolist()
 
 
@@ -146,7 +155,7 @@ def test_left_padded_batch_equals_one_by_one(model):
 
 @pytest.mark.parametrize("is_padded", [True, False])
 def test_what_a_gpu_records_is_decode_one_token(model, is_padded):
-    """Fixed positions and a mask over the whole cache in place of growing slices, with left padding and without."""
+    """A mask over the whole cache gives what its growing part gives, padded or not."""
     rows = [tokens(2) + IMAGE + tokens(3), tokens(1, 5 if is_padded else 24 + N_PATCHES)]
     input_ids, attention_mask = pad_left([torch.tensor(row) for row in rows])
     whole_mask = torch.nn.functional.pad(attention_mask, (0, 6), value=1) if is_padded else None
@@ -157,11 +166,14 @@ def test_what_a_gpu_records_is_decode_one_token(model, is_padded):
     with torch.inference_mode():
         for cache in caches:
             prefill(model, input_ids, images(1), None, attention_mask if is_padded else None, cache)
-        decode = GraphDecoder(model, caches[0], whole_mask)
+        decoders = [
+            partial(decode_one_token, model, attention_mask=whole_mask, cache=cache)
+            for cache in caches
+        ]
+        as_recorded = GraphDecoder(decoders[0], caches[0], batch_size=2)
         for step in range(6):
             token = torch.tensor(tokens(step, 2))
-            expected = decode_one_token(model, token, attention_mask=whole_mask, cache=caches[1])
-            torch.testing.assert_close(decode(token), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(as_recorded(token), decoders[1](token), atol=1e-5, rtol=0)
 
 
 def test_answers_are_cut_where_the_last_one_ends():
@@ -209,7 +221,7 @@ def test_max_new_tokens_counts_new_tokens_and_sampling_follows_the_seed(model):
         st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=6), min_size=1, max_size=4
     )
 )
-def test_find_placeholders_agrees_with_reading_run_by_run(rows):
+def test_find_image_tokens_agrees_with_reading_run_by_run(rows):
     """Alternating stretches of '@' and of other tokens, in rows of one length."""
     rows = [[AT if is_at else 50 for is_at, length in row for _ in range(length)] for row in rows]
     length = max(1, *map(len, rows))
@@ -227,13 +239,13 @@ def test_find_placeholders_agrees_with_reading_run_by_run(rows):
     assert find_image_tokens(torch.tensor(rows), AT, N_PATCHES).tolist() == expected
 
 
-def test_placeholder_and_image_counts_must_agree(model):
+def test_image_token_and_image_counts_must_agree(model):
     row = torch.tensor([tokens(1) + IMAGE + tokens(2)])
-    with pytest.raises(ValueError, match=r"1 image placeholders .* 2 images"):
+    with pytest.raises(ValueError, match=r"tokens for 1 images .* 2 images"):
         model(row, images(2))
-    with pytest.raises(ValueError, match=r"1 image placeholders .* 0 images"):
+    with pytest.raises(ValueError, match=r"tokens for 1 images .* 0 images"):
         model(row)
-    with pytest.raises(ValueError, match=r"0 image placeholders .* 1 images"):
+    with pytest.raises(ValueError, match=r"tokens for 0 images .* 1 images"):
         model(torch.tensor([tokens(1)]), images(1))
 
 
