@@ -1,9 +1,17 @@
-"""Where the pictures that rows name are found: a folder, or a .zip that is never unpacked."""
+"""Where the pictures that rows name are found: a folder, or a .zip that is never unpacked.
+
+Both classes have the same methods: `find(name)` gives what `load_image` takes, `check(name)` asks
+whether it is there without reading it, `count()` says how many there are.
+"""
 
 import io
+import os
+import posixpath
+import re
 import struct
+import zipfile
 import zlib
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +21,9 @@ from common.errors import BadSampleError, UserError
 from common.files import MAX_IMAGE_BYTES, hash_to_int
 from dataset.index_cache import open_cached, save_cached
 
-CACHED_FROM = 10_000  # entries of an archive; fewer are listed in a moment
+# Entries of an archive from which on its index is cached; fewer are listed in a moment.
+CACHED_FROM = 10_000
+# One entry of an archive: a hash of its name, and what is needed to read it.
 ENTRY = np.dtype(
     [
         ("name", "<u8"),
@@ -24,20 +34,38 @@ ENTRY = np.dtype(
         ("method", "<u2"),
     ]
 )
-STORED, DEFLATED = 0, 8  # the methods that archives of pictures use
+# Stands for any method that is not read here.
+ENCRYPTED = 99
 
 
 def split_names(value: object) -> list[str]:
-    """The names in a row's "image": "a.jpg", "a.jpg, b.jpg" or a list of names; none where it is missing."""
+    """The names in a row's "image": "a.jpg", "a.jpg, b.jpg", a list of names, or None.
+
+    BadSampleError where it is anything else.
+    """
     if not isinstance(value, (str, list, type(None))):
         raise BadSampleError("image is no name", repr(value)[:200])
     names = value.split(",") if isinstance(value, str) else value or []
     names = [str(name).strip() for name in names if str(name).strip()]
     try:
         "".join(names).encode()
-    except UnicodeEncodeError as error:  # half a character, which no file's name has
+    except UnicodeEncodeError as error:
+        # Half a character, which no file's name has.
         raise BadSampleError("image is no name", repr(value)[:200]) from error
     return names
+
+
+def normalize_name(name: str) -> str:
+    """A name in a row as "sub/a.jpg" on any system, also of "sub\\\\a.jpg" or "./sub/a.jpg".
+
+    BadSampleError for one that leaves its folder: by "..", or absolute such as "C:\\\\a.jpg".
+    """
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if path == ".." or path.startswith(("../", "/")) or re.match("[A-Za-z]:", path):
+        raise BadSampleError("image path leaves its folder", name)
+    if "\0" in path:
+        raise BadSampleError("image is no name", repr(name)[:200])
+    return path
 
 
 class ImageFolder:
@@ -46,72 +74,78 @@ class ImageFolder:
     def __init__(self, path: Path):
         self.path = path.resolve()
 
-    def list_names(self) -> set[str]:
-        """Names of the files, read once: faster than asking for half a million one by one."""
-        return {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+    def __getstate__(self) -> dict:
+        # The names stay in the process that checks the rows: a loader worker only opens pictures.
+        return {"path": self.path}
 
-    def find(self, name: str, listed: set[str] | None = None) -> Path:
-        """The file of that name; BadSampleError for a name that leaves the folder or, with the names `listed`, is not there."""
-        path = self.path / name
-        try:
-            is_inside = path.resolve().is_relative_to(self.path)
-            is_there = listed is None or name in listed or path.is_file()
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # longer than a file's name can be, or with a zero byte
-            raise BadSampleError("image is no name", repr(name)[:200]) from error
-        if not is_inside:
-            raise BadSampleError("image path leaves its folder", name)
-        if not is_there:
+    @cached_property
+    def _names(self) -> set[str]:
+        """Names in the folder, listed once: faster than asking for half a million one by one."""
+        return set(os.listdir(self.path)) if self.path.is_dir() else set()
+
+    def count(self) -> int:
+        return len(self._names)
+
+    def find(self, name: str) -> Path:
+        """Where a file of that name would be. BadSampleError for a name that leaves the folder."""
+        return self.path / normalize_name(name)
+
+    def check(self, name: str) -> None:
+        """BadSampleError unless there is a file of that name."""
+        inner = normalize_name(name)
+        # In a folder below this one, or newer than the list of names.
+        if inner not in self._names and not os.path.isfile(self.path / inner):
             raise BadSampleError("image missing", name)
-        return path
 
 
 class ImageZip:
-    """Pictures as entries of a .zip, found by name in 30 bytes of memory-mapped index each; names may leave out a folder that
-    all entries share. Nothing is unpacked to disk, and no entry to more than MAX_IMAGE_BYTES."""
+    """Pictures as entries of a .zip, found by name in 30 bytes of memory-mapped index each.
+
+    Names may leave out a folder that all entries share. Nothing is unpacked to disk, and no entry
+    to more than MAX_IMAGE_BYTES.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        found = open_cached(path, "entries", ENTRY)
-        if found is None:
+        cached = open_cached(path, "entries", ENTRY)
+        if cached is None:
             self.entries = list_entries(path)
             if len(self.entries) >= CACHED_FROM:
                 save_cached(self.entries, {}, path, "entries")
         else:
-            self.entries, _ = found
-        self.names = np.ascontiguousarray(
-            self.entries["name"]
-        )  # a search in a field would copy it each time
+            self.entries, _ = cached
+        # A search in one field of the entries would copy that field each time.
+        self.names = np.ascontiguousarray(self.entries["name"])
 
-    def __reduce__(self) -> tuple:  # another process opens the archive itself
+    def __reduce__(self) -> tuple:
+        # A loader worker opens the archive itself.
         return ImageZip, (self.path,)
 
-    def list_names(self) -> None:
-        """Not needed: `find` is fast."""
+    def count(self) -> int:
+        return len(self.entries)
 
-    def find(self, name: str, listed: None = None) -> io.BytesIO:
-        """The bytes of that picture's file, or BadSampleError."""
-        entry = self._entry(name)
+    def find(self, name: str) -> io.BytesIO:
+        """The bytes of that picture's file. BadSampleError where it is missing or damaged."""
+        entry = self._find_entry(name)
+        if entry is None:
+            raise BadSampleError("image missing", f"{name} in {self.path}")
         with open(self.path, "rb") as file:
             return io.BytesIO(read_entry(file, entry, name))
 
-    def __contains__(self, name: str) -> bool:
-        return self._entry(name, required=False) is not None
+    def check(self, name: str) -> None:
+        """BadSampleError unless there is an entry of that name."""
+        if self._find_entry(name) is None:
+            raise BadSampleError("image missing", name)
 
-    def _entry(self, name: str, required: bool = True) -> np.void | None:
-        key = np.uint64(hash_to_int(name.encode()))
+    def _find_entry(self, name: str) -> np.void | None:
+        key = np.uint64(hash_to_int(normalize_name(name).encode()))
         at = int(np.searchsorted(self.names, key))
-        if at < len(self.names) and self.names[at] == key:
-            return self.entries[at]
-        if required:
-            raise BadSampleError("image missing", f"{name} in {self.path}")
-        return None
+        is_there = at < len(self.names) and self.names[at] == key
+        return self.entries[at] if is_there else None
 
 
 def open_images(path: str | Path | None) -> ImageFolder | ImageZip | None:
-    """The folder or .zip at `path`; where the folder is missing, the archive of the same name beside it."""
+    """The folder or .zip at `path`; if there is no such folder, the .zip of that name beside it."""
     if path is None:
         return None
     path = Path(path)
@@ -122,117 +156,97 @@ def open_images(path: str | Path | None) -> ImageFolder | ImageZip | None:
 
 
 def list_entries(path: Path) -> np.ndarray:
-    """ENTRY[n] of an archive's files, sorted by name. (The standard library's zipfile keeps half a kilobyte for each of them.)
-    UserError where it is no whole .zip. Layout: APPNOTE 6.3, sections 4.3.12 to 4.3.16."""
+    """ENTRY[n] of an archive's files, sorted by (hash of the) name.
+
+    `zipfile` takes about a kilobyte for each entry while it reads the directory: once, because the
+    array is cached. UserError where the archive is damaged.
+    """
     try:
-        with open(path, "rb") as file:
-            directory, count = _read_directory(file)
-        found = [
-            (name, fields) for name, *fields in _parse_directory(directory, count) if _is_file(name)
-        ]
-    except (OSError, struct.error, ValueError) as error:
+        with zipfile.ZipFile(path) as archive:
+            files = [info for info in archive.infolist() if _is_file(_read_name(info))]
+            prefix = _shared_folder(files)
+            entries = np.empty(len(files), ENTRY)
+            for number, info in enumerate(files):
+                entries[number] = _make_entry(info, prefix)
+    # What `zipfile` raises for an archive that is cut off or changed.
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        struct.error,
+        NotImplementedError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"{path} is no whole .zip ({error}): fetch it again") from error
-    folders = {name.split(b"/", 1)[0] for name, _ in found if b"/" in name}
-    shared = (
-        folders.pop() + b"/"
-        if len(folders) == 1 and all(b"/" in name for name, _ in found)
-        else b""
-    )
-    entries = np.array(
-        [(hash_to_int(name[len(shared) :]), *fields) for name, fields in found], ENTRY
-    )
     return np.sort(entries, order="name")
+
+
+def _read_name(info: zipfile.ZipInfo) -> bytes:
+    """An entry's name as the archive has it, with "/" between folders.
+
+    Many archives hold UTF-8 without saying so; `zipfile` then reads it as the alphabet of MS-DOS.
+    """
+    alphabet = "utf-8" if info.flag_bits & 0x800 else "cp437"
+    return info.orig_filename.encode(alphabet).replace(b"\\", b"/")
 
 
 def _is_file(name: bytes) -> bool:
     return not name.endswith(b"/") and not name.startswith(b"__MACOSX/")
 
 
-def _read_directory(file: BinaryIO) -> tuple[bytes, int]:
-    """(the central directory, number of its entries)"""
-    end = file.seek(0, io.SEEK_END)
-    tail_start = max(0, end - 22 - 65535)  # the end record, and the longest comment behind it
-    file.seek(tail_start)
-    tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0:
-        raise ValueError("it has no end record")
-    count, size, offset = struct.unpack_from("<HII", tail, at + 10)
-    locator = at - 20
-    if (
-        locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07"
-    ):  # ZIP64: over 65,535 entries or 4 GB
-        file.seek(struct.unpack_from("<Q", tail, locator + 8)[0])
-        count, size, offset = struct.unpack("<32xQQQ", file.read(56))
-    if offset + size > end:
-        raise ValueError("its directory is cut off")
-    file.seek(offset)
-    return file.read(size), count
+def _shared_folder(files: list[zipfile.ZipInfo]) -> bytes:
+    """b"images/" where all entries are below that one folder; b"" otherwise."""
+    folders = set()
+    for info in files:
+        folder, slash, _ = posixpath.normpath(_read_name(info)).partition(b"/")
+        folders.add(folder + slash)
+    shared = folders.pop() if len(folders) == 1 else b""
+    return shared if shared.endswith(b"/") else b""
 
 
-def _parse_directory(
-    directory: bytes, count: int
-) -> Iterator[tuple[bytes, int, int, int, int, int]]:
-    """(name, offset, packed bytes, bytes, checksum, method) of every entry."""
-    at = 0
-    for _ in range(count):
-        magic, flags, method, checksum, packed, size, n_name, n_extra, n_comment, offset = (
-            struct.unpack_from("<4s4xHH4xIIIHHH8xI", directory, at)
-        )
-        if magic != b"PK\x01\x02":
-            raise ValueError("its directory is damaged")
-        name = directory[at + 46 : at + 46 + n_name]
-        if 0xFFFFFFFF in (offset, packed, size):
-            extra = directory[at + 46 + n_name : at + 46 + n_name + n_extra]
-            size, packed, offset = _read_zip64(extra, size, packed, offset)
-        if flags & 1:
-            method = 99  # encrypted
-        limit = 0xFFFFFFFF  # beyond it no picture is read in any case
-        yield name, offset, min(packed, limit), min(size, limit), checksum, method
-        at += 46 + n_name + n_extra + n_comment
-
-
-def _read_zip64(extra: bytes, size: int, packed: int, offset: int) -> list[int]:
-    """[size, packed, offset], those that did not fit into 32 bits taken from the extra field."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            values = [
-                struct.unpack_from("<Q", extra, at + 4 + 8 * k)[0] for k in range(length // 8)
-            ]
-            return [
-                values.pop(0) if known == 0xFFFFFFFF and values else known
-                for known in (size, packed, offset)
-            ]
-        at += 4 + length
-    raise ValueError("its directory is damaged")
+def _make_entry(info: zipfile.ZipInfo, prefix: bytes) -> tuple[int, int, int, int, int, int]:
+    """The fields of ENTRY. Sizes are cut to 32 bits: no picture that large is read anyway."""
+    name = posixpath.normpath(_read_name(info))
+    limit = 2**32 - 1
+    return (
+        hash_to_int(name.removeprefix(prefix)),
+        info.header_offset,
+        min(info.compress_size, limit),
+        min(info.file_size, limit),
+        info.CRC,
+        ENCRYPTED if info.flag_bits & 1 else info.compress_type,
+    )
 
 
 def read_entry(file: BinaryIO, entry: np.void, name: str) -> bytes:
-    """The bytes of an entry; BadSampleError where it is too large or damaged."""
+    """The bytes of an entry. BadSampleError where it is too large or damaged.
+
+    `zipfile` would have to read the whole directory before it opens one entry.
+    """
+    # what the directory says
     size, packed, method = int(entry["size"]), int(entry["packed"]), int(entry["method"])
     if max(size, packed) > MAX_IMAGE_BYTES:
-        raise BadSampleError(
-            "image too large", f"{name}: its file has over {MAX_IMAGE_BYTES // 2**20} MB"
-        )
-    if method not in (STORED, DEFLATED):
+        limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
+        raise BadSampleError("image too large", f"{name}: {limit}")
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadSampleError("image damaged", f"{name}: packed by method {method} or encrypted")
+
+    # the entry's own header: 30 bytes, the last 4 are the lengths of the two fields behind it
     file.seek(int(entry["offset"]))
     header = file.read(30)
-    if header[:4] != b"PK\x03\x04":
-        raise BadSampleError(
-            "image damaged", f"{name}: the archive has no entry where its directory says"
-        )
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        problem = "the archive has no entry where its directory says"
+        raise BadSampleError("image damaged", f"{name}: {problem}")
     file.seek(sum(struct.unpack_from("<HH", header, 26)), io.SEEK_CUR)
+
+    # the content: a lying directory cannot make it longer than `size` + 1
     content = file.read(packed)
     try:
-        if method == DEFLATED:
+        if method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
     except zlib.error as error:
         raise BadSampleError("image damaged", f"{name} ({error})") from error
     if len(content) != size or zlib.crc32(content) != int(entry["checksum"]):
-        raise BadSampleError(
-            "image damaged", f"{name}: its bytes do not match the archive's checksum"
-        )
+        problem = "its bytes do not match the archive's checksum"
+        raise BadSampleError("image damaged", f"{name}: {problem}")
     return content

@@ -1,44 +1,66 @@
 """Several data files as one set, each as often as its weight says: `--data a.jsonl:2 b.parquet`."""
 
+from __future__ import annotations
+
 import glob
 import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from common.errors import MissingFileError, UserError
-from dataset.vlm_dataset import VLMDataset
-from model.processing import VLMProcessor
+from dataset.rows import check_data_file
 
-MOST_REPEATS = 100  # a larger weight is a slip of the finger
+# Imported where they are used: `find_sources` names a missing file before torch is there.
+if TYPE_CHECKING:
+    import torch
+
+    from dataset.vlm_dataset import VLMDataset
+    from model.processing import VLMProcessor
+
+# A larger weight is a slip of the finger.
+MAX_WEIGHT = 100
 
 
 class Source(NamedTuple):
+    """One data file.
+
+    Args:
+        path: of a .jsonl or .parquet file.
+        images: folder or .zip of its pictures; None if there is none.
+        weight: how often each of its rows comes in an epoch.
+    """
+
     path: str
     images: str | None
-    weight: Fraction  # how often each of its rows comes in an epoch
+    weight: Fraction
 
 
-class MixedDataset(Dataset):
-    """The rows of several VLMDatasets. With weight 2 each row comes twice an epoch, with 0.5 every second one comes once (the
-    same in each epoch); the training loop shuffles them all together. Two numbers a row are kept, 6 bytes."""
+class MixedDataset:
+    """The rows of several VLMDatasets, with the same attributes and methods as one of them.
+
+    With weight 2 each row comes twice an epoch; with 0.5 every second one comes once, the same
+    in each epoch. The training loop shuffles them all together. Memory: 6 bytes a row.
+
+    Args:
+        parts: datasets with the same processor and max_length.
+        weights: one for each.
+    """
 
     def __init__(self, parts: list[VLMDataset], weights: list[Fraction]):
         self.parts = parts
         rows = [repeat_rows(len(part), weight) for part, weight in zip(parts, weights)]
+        n_rows = [len(part_rows) for part_rows in rows]
+        # Index i is row `row[i]` of the part `part[i]`.
         self.row = np.concatenate(rows).astype(np.int32)
-        self.part = np.repeat(np.arange(len(parts), dtype=np.int16), [len(one) for one in rows])
-        self.lengths = np.concatenate([part.lengths[one] for part, one in zip(parts, rows)])
+        self.part = np.repeat(np.arange(len(parts), dtype=np.int16), n_rows)
+        self.lengths = np.concatenate([part.lengths[chosen] for part, chosen in zip(parts, rows)])
         self.skipped = sum((part.skipped for part in parts), Counter())
-        self.repaired, self.n_images = (
-            sum(part.repaired for part in parts),
-            sum(part.n_images for part in parts),
-        )
+        self.repaired = sum(part.repaired for part in parts)
+        self.n_images = sum(part.n_images for part in parts)
         self.processor, self.max_length = parts[0].processor, parts[0].max_length
 
     def __len__(self) -> int:
@@ -57,20 +79,33 @@ class MixedDataset(Dataset):
 
 
 def repeat_rows(n_rows: int, weight: Fraction) -> np.ndarray:
-    """int64[about weight * n_rows]: every row, as often as the weight's whole part says, and evenly spaced ones for the rest."""
+    """int64[about weight * n_rows]: the numbers of rows that come in an epoch.
+
+    Every row comes as often as the whole part of `weight` says, and evenly spaced ones once more
+    for the rest: those where the running sum of the rest reaches the next whole number.
+    """
     whole, rest = divmod(weight, 1)
     numbers = np.arange(n_rows)
-    extra = (
-        numbers + 1
-    ) * rest.numerator // rest.denominator > numbers * rest.numerator // rest.denominator
-    return np.concatenate([np.tile(numbers, int(whole)), numbers[extra]])
+    sum_before = numbers * rest.numerator // rest.denominator
+    sum_after = (numbers + 1) * rest.numerator // rest.denominator
+    return np.concatenate([np.tile(numbers, int(whole)), numbers[sum_after > sum_before]])
 
 
 def open_data(
     data: list[str], images: list[str] | None, processor: VLMProcessor, max_length: int
 ) -> VLMDataset | MixedDataset:
-    """The set that `--data` and `--images` describe: files or patterns such as "part-*.parquet", each with ":WEIGHT" behind it
-    where wanted; one image folder or .zip for all, or one for each. UserError where nothing fits."""
+    """The dataset that `--data` and `--images` describe.
+
+    Args:
+        data: files, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it if wanted.
+        images: one folder or .zip for all of them, or one for each.
+        processor: encodes the rows.
+        max_length: most tokens of a sample; longer ones are cut.
+
+    MissingFileError where a file is missing, UserError where nothing can be used.
+    """
+    from dataset.vlm_dataset import VLMDataset
+
     sources = find_sources(data, images)
     parts = [VLMDataset(source.path, source.images, processor, max_length) for source in sources]
     if len(parts) == 1 and sources[0].weight == 1:
@@ -82,28 +117,40 @@ def open_data(
 
 
 def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
-    """One Source for each file that `data` names or whose name fits a pattern, in order."""
-    images = list(images or [None])
-    if len(images) not in (1, len(data)):
+    """One Source for each file that `data` names, or whose name fits a pattern in it, in order.
+
+    Args:
+        data: files, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it if wanted.
+        images: one folder or .zip for all of them, or one for each.
+
+    MissingFileError where a file is missing, UserError for other mistakes.
+    """
+    folders = list(images or [None])
+    if len(folders) not in (1, len(data)):
         raise UserError(
-            f"--images gives {len(images)} folders for {len(data)} entries of --data: give one for all, or one for each"
+            f"--images gives {len(folders)} folders for {len(data)} entries of --data: "
+            "give one for all, or one for each"
         )
+    if len(folders) == 1:
+        folders *= len(data)
     sources = []
-    for entry, folder in zip(data, images * len(data) if len(images) == 1 else images):
+    for entry, folder in zip(data, folders):
         pattern, weight = split_weight(entry)
-        paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-        if not paths and glob.has_magic(pattern):
+        is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
+        paths = sorted(glob.glob(pattern)) if is_pattern else [str(check_data_file(pattern))]
+        if not paths:
             raise MissingFileError(f"no data fits {pattern}: correct the pattern of --data")
-        sources += [Source(path, folder, weight) for path in paths or [pattern]]
+        sources += [Source(path, folder, weight) for path in paths]
     return sources
 
 
 def split_weight(entry: str) -> tuple[str, Fraction]:
-    """("a.jsonl", 2) of "a.jsonl:2"; weight 1 where none is given."""
+    """("a.jsonl", 2) of "a.jsonl:2"; weight 1 if none is given."""
     match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?|\.\d+)", entry)
     if not match or Path(entry).is_file():
         return entry, Fraction(1)
     weight = Fraction(match[2])
-    if not 0 < weight <= MOST_REPEATS:
-        raise UserError(f"--data {entry}: a weight has to be above 0 and at most {MOST_REPEATS}")
-    return match[1], weight
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"--data {entry}: a weight has to be above 0 and at most {MAX_WEIGHT}")
+    # Times a number of rows, a fraction of many digits would not fit into 64 bits.
+    return match[1], weight.limit_denominator(10**6)

@@ -7,11 +7,10 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet as parquet
-
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons
 from dataset.images import open_images
-from dataset.rows import COLUMNS, JsonLinesRows
+from dataset.parquet_rows import COLUMNS, import_pyarrow
+from dataset.rows import JsonLinesRows
 from scripts.download.items import ITEMS, LAYERS, describe_files, find_files
 
 N_ROWS = 1000  # of a data set, that are looked at
@@ -91,8 +90,6 @@ def check_weights(path: Path, dim: int) -> str:
 def check_rows(path: Path, archive: Path) -> str:
     """Rows of a .jsonl, images of its .zip or of the folder unpacked from it, and whether the first rows' images are there."""
     images = open_images(archive.with_suffix(""))
-    listed = images.list_names()  # None for an archive, which finds names by itself
-    n_images = len(images.entries if listed is None else listed)
     rows = JsonLinesRows(path, images)
     problems = Counter()
     for _, _, row in islice(rows.scan(), N_ROWS):
@@ -101,7 +98,7 @@ def check_rows(path: Path, archive: Path) -> str:
                 raise BadSampleError("not a JSON object")
             if "conversations" not in row:
                 raise BadSampleError("no conversation")
-            rows.check_images(row, listed)
+            rows.check_images(row)
         except BadSampleError as error:
             problems[error.args[0]] += 1
     with open(path, "rb") as file:
@@ -113,12 +110,12 @@ def check_rows(path: Path, archive: Path) -> str:
             f"{path} has no usable row with {archive} ({reasons}): delete both and fetch them again"
         )
     notes = f"; of the first {n_first:,} rows {list_reasons(problems)}" if problems else ""
-    return f"{n_rows:,} rows, {n_images:,} images{notes}"
+    return f"{n_rows:,} rows, {images.count():,} images{notes}"
 
 
 def check_parquet(path: Path) -> str:
     try:
-        file = parquet.ParquetFile(path)
+        file = import_pyarrow().parquet.ParquetFile(path)
         n_rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
         if not columns.issuperset(COLUMNS):
             raise UserError(

@@ -12,8 +12,8 @@ import torch
 from common.errors import BadSampleError, MissingFileError, UserError
 from dataset.rows import JsonLinesRows
 from dataset.vlm_dataset import VLMDataset
-from tests.helpers import N_PATCHES, picture, write_rows
-from trainer.collate import TrainSamples, find_nothing
+from tests.helpers import N_PATCHES, picture, run_cold, write_rows
+from trainer.collate import TrainSamples
 
 
 def row(image=None, question="<image>\nWhat?", answer="red") -> dict:
@@ -64,8 +64,8 @@ def test_rows_with_no_one_and_two_images(folder, processor):
 
 def test_unusable_rows_are_counted_by_reason(folder, processor):
     lines = [json.dumps(r) for r in (
-        row("a.jpg"), row("missing.jpg"), row("../secret.jpg"), row(str(folder / "secret.jpg")), row("a.jpg", "no tag"),
-        row("a.jpg", answer=" "), {"image": "a.jpg"}, row({"x": 1}),
+        row("a.jpg"), row("missing.jpg"), row("../secret.jpg"), row(str(folder / "secret.jpg")),
+        row("a.jpg", "no tag"), row("a.jpg", answer=" "), {"image": "a.jpg"}, row({"x": 1}),
     )]  # fmt: skip
     lines += [
         json.dumps(row("a.jpg", answer="half a \ud83d")),
@@ -84,8 +84,9 @@ def test_unusable_rows_are_counted_by_reason(folder, processor):
     )
     data = VLMDataset(folder / "data.jsonl", folder / "images", processor, 200)
     assert dict(data.skipped) == {
-        "image missing": 1, "image path leaves its folder": 2, "fewer <image> than images": 1, "empty answer": 1,
-        "no conversation": 1, "image is no name": 2, "not a JSON object": 4, "no answer": 1, "half a character": 1,
+        "image missing": 1, "image path leaves its folder": 2, "fewer <image> than images": 1,
+        "empty answer": 1, "no conversation": 1, "image is no name": 2, "not a JSON object": 4,
+        "no answer": 1, "half a character": 1,
     }  # fmt: skip
     assert len(data) == 3 and len(data[2]["pixel_values"]) == 1
 
@@ -101,7 +102,7 @@ def test_a_damaged_picture_is_found_when_it_is_needed(folder, processor):
 def test_what_is_missing_is_named(folder, processor):
     with pytest.raises(
         MissingFileError,
-        match=r"no data at .*sft_vlm_data.jsonl: fetch the published sets with .python -m scripts.download",
+        match=r"no data at .*sft_vlm_data.jsonl: fetch .* with .python -m scripts.download",
     ):
         VLMDataset(folder / "sft_vlm_data.jsonl", folder, processor, 100)
     path = write_rows(folder / "data.jsonl", [row("a.jpg")])
@@ -167,7 +168,10 @@ def test_memory_holds_offsets_not_rows(folder, processor):
 
 
 def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
-    """A kept index opens without a scan, gives the same rows, and is dropped when the file or a setting changes or it is torn."""
+    """A cached index opens without a scan and gives the same rows.
+
+    It is dropped when the file or a setting changes, and when it is torn.
+    """
     monkeypatch.setattr("dataset.vlm_dataset.CACHED_FROM", 3)
     scans = []
     scan = JsonLinesRows.scan
@@ -200,8 +204,33 @@ def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
     )
 
 
+def test_a_set_of_text_and_pictures_needs_no_pyarrow(folder, tmp_path):
+    """What a run does not use is not imported; a missing package is asked for in one line."""
+    write_rows(folder / "data.jsonl", [row("a.jpg"), row(r"sub\c.jpg")])
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from dataset.mixture import find_sources, open_data\n"
+        "from dataset.rows import open_rows\n"
+        f"find_sources([{str(folder / 'data.jsonl')!r}], None)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)\n"
+        f"rows = open_rows({str(folder / 'data.jsonl')!r}, {str(folder / 'images')!r})\n"
+        "print([rows.check_images(row) for _, _, row in rows.scan()])\n"
+        "import dataset.vlm_dataset\n"
+        "from common.errors import run_command\n"
+        f"run_command(lambda: open_rows({str(folder / 'data.parquet')!r}, None))\n"
+    )
+    (folder / "data.parquet").touch()
+    finished = run_cold("-c", code)
+    assert finished.returncode == 2
+    assert finished.stdout.splitlines() == [
+        "False False",
+        "[1, 1]",
+        "error: reading Parquet needs pyarrow: pip install -r requirements-data.txt",
+    ]
+
+
 def test_an_image_that_vanishes_costs_its_row(folder, processor):
     data = read(folder, [row("a.jpg"), row("b.jpg")], processor)
     (folder / "images" / "b.jpg").unlink()
-    samples = TrainSamples(data, find_nothing)
+    samples = TrainSamples(data)
     assert samples[1] == (1, "image missing") and len(samples[0][1]["images"]) == 1
