@@ -1,11 +1,14 @@
 """Small real things for the tests: a vision encoder, a model, a tokenizer, pictures, rows."""
 
 import json
+import multiprocessing
+import multiprocessing.reduction
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,13 +23,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
+from tests.preload import run_forked
 
 # A shell's background job ignores Ctrl-C, and so would the scripts that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 TOKENIZER = ROOT / "model/demo/tokenizer"
-N_PATCHES = 9  # of the small vision_encoder: 48 x 48 in patches of 16
+N_PATCHES = 9  # of the small encoder: 48 x 48 in patches of 16
+
+# The server that forks scripts finds our modules by this.
+os.environ["PYTHONPATH"] = str(ROOT)
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.preload"])
 
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="../shared with real photographs is not here"
@@ -83,12 +92,44 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def run_script(*command: str, **options) -> subprocess.CompletedProcess:
-    """Run a script of the repository in a process of its own; stdout and stderr come back as one text."""
+    """Run a script (or "-m", module) in a process of its own; all that it prints is one text.
+
+    The process is forked from a server that has imported PyTorch and transformers already
+    (tests/preload.py), which saves their seconds; for other commands see `run_cold`.
+    """
+    env, text = options.pop("env", {}), options.pop("input", "")
+    assert not options, options
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stdin,
+        tempfile.TemporaryFile() as stdout,
+    ):
+        stdin.write(text)
+        stdin.seek(0)
+        streams = [multiprocessing.reduction.DupFd(file.fileno()) for file in (stdin, stdout)]
+        process = _SERVER.Process(target=run_forked, args=([*map(str, command)], env, *streams))
+        process.start()
+        process.join(timeout=240)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        stdout.seek(0)
+        printed = stdout.read().decode("utf-8", "replace").replace("\r\n", "\n")
+    return subprocess.CompletedProcess(command, process.exitcode, printed)
+
+
+def run_cold(*command: str, **options) -> subprocess.CompletedProcess:
+    """The same in a fresh Python, for what a warm process would hide: start-up, torchrun."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, timeout=240, **options,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=240,
+        **options,
+    )
 
 
 def start_script(*command: str, **options) -> subprocess.Popen:
@@ -96,8 +137,13 @@ def start_script(*command: str, **options) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env, **options,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        **options,
+    )
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from trainer.image_encoder import ImageEncoder
 from trainer.loop import accumulate_gradients
 from trainer.meter import Meter
 from trainer.runtime import Runtime
-from trainer.sampler import StepBatches
+from trainer.sampler import StepSampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -23,7 +23,7 @@ def train_a_step(device: str, data: VLMDataset) -> dict[str, torch.Tensor]:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-3, fused=True)
     images = ImageEncoder(model.vision_encoder, data.processor.image_processor, None, runtime)
-    batches = StepBatches(data.lengths, 12, accumulation_steps=2)
+    batches = StepSampler(data.lengths, 12, accumulation_steps=2)
     micro_batches = list(make_loader(data, batches, 0, pin_memory=device == "cuda"))
     meter = Meter(runtime)
     torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")

@@ -12,7 +12,7 @@ from common.errors import MissingFileError, UserError
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 from model.model_vlm import MiniMindVLM
-from model.weights import load_weights, read_weights, save_atomically, weights_to_save
+from model.weights import load_weights, read_weights, save_atomically, select_weights
 from tests.helpers import small_model
 
 
@@ -34,15 +34,15 @@ def published_keys(n_layers: int) -> set[str]:
 
 
 def test_keys_are_the_published_ones():
-    assert set(weights_to_save(small_model())) == published_keys(2)
+    assert set(select_weights(small_model())) == published_keys(2)
     with torch.device("meta"):
-        assert set(weights_to_save(MiniMindVLM(VLMConfig()))) == published_keys(8)
+        assert set(select_weights(MiniMindVLM(VLMConfig()))) == published_keys(8)
 
 
 def test_a_published_file_loads_with_its_buffers(tmp_path):
     """Half precision, attention masks, RoPE tables and CLIP weights, as different published files carry them."""
     source = small_model(seed=1)
-    weights = {name: weight.half() for name, weight in weights_to_save(source).items()}
+    weights = {name: weight.half() for name, weight in select_weights(source).items()}
     weights |= {f"layers.{i}.attention.mask": torch.ones(1, 1, 8, 8) for i in range(2)}
     weights |= {
         "mask": torch.ones(8, 8),
@@ -52,8 +52,8 @@ def test_a_published_file_loads_with_its_buffers(tmp_path):
     torch.save(weights, tmp_path / "sft_vlm_64.pth")
     model = small_model(seed=2)
     load_weights(model, read_weights(tmp_path / "sft_vlm_64.pth"), "file")
-    for name, weight in weights_to_save(model).items():
-        assert torch.equal(weight, weights_to_save(source)[name].half().float()), name
+    for name, weight in select_weights(model).items():
+        assert torch.equal(weight, select_weights(source)[name].half().float()), name
     assert model.output.weight is model.tok_embeddings.weight
 
 
@@ -72,7 +72,7 @@ def test_a_base_language_model_has_no_projector(tmp_path):
 
 def test_what_does_not_fit_is_named(tmp_path):
     model = small_model()
-    weights = weights_to_save(model)
+    weights = select_weights(model)
     without = {
         name: weight for name, weight in weights.items() if name != "layers.1.attention.wq.weight"
     }
@@ -83,9 +83,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match=r"layers.0.ffn_norm.weight \(65,\) instead of \(64,\)"):
         load_weights(model, weights | {"layers.0.ffn_norm.weight": torch.ones(65)}, "x.pth")
     with pytest.raises(UserError, match=r"dim 128 with 3 layers.*--dim 128 --n_layers 3"):
-        load_weights(model, weights_to_save(small_model(dim=128, n_layers=3)), "x.pth")
+        load_weights(model, select_weights(small_model(dim=128, n_layers=3)), "x.pth")
     with pytest.raises(UserError, match="knows 700 tokens but the tokenizer has 672"):
-        load_weights(model, weights_to_save(small_model(vocab_size=700)), "x.pth")
+        load_weights(model, select_weights(small_model(vocab_size=700)), "x.pth")
     with pytest.raises(UserError, match="no MiniMind language model"):
         load_weights(model, {"lm_head.weight": torch.ones(3)}, "x.pth")
 
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_missing_truncated_and_foreign_files(tmp_path):
     with pytest.raises(MissingFileError, match="python -m scripts.download lm-512"):
         read_weights(tmp_path / "lm_512.pth")
-    save_atomically(weights_to_save(small_model()), tmp_path / "whole.pth")
+    save_atomically(select_weights(small_model()), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()
     for size in (0, 10, len(content) // 2, len(content) - 10):
         (tmp_path / "cut.pth").write_bytes(content[:size])

@@ -18,7 +18,6 @@ from tests.helpers import (
 from trainer.collate import Batch
 from trainer.feature_cache import FeatureCache, name_cache
 from trainer.image_encoder import ImageEncoder
-from trainer.runtime import Runtime
 
 SHAPE = (9, 32)
 
@@ -32,32 +31,30 @@ def features(seed: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def digest(number: int) -> bytes:
+def key(number: int) -> bytes:
     return number.to_bytes(8, "little") + (number * 7).to_bytes(8, "little")
 
 
 def test_every_reader_gets_what_every_writer_wrote(cache, tmp_path):
     other = FeatureCache(tmp_path, SHAPE, torch.float16, 1e6)
     for number in range(10):
-        (cache, other)[number % 2].add(digest(number), features(number))
+        (cache, other)[number % 2].add(key(number), features(number))
     for reader in (cache, FeatureCache(tmp_path, SHAPE, torch.float16, 1e6)):
         reader._loaded_at -= 60  # as if it had last looked a minute ago
-        assert all(
-            torch.equal(reader.find(digest(number)), features(number)) for number in range(10)
-        )
-        assert reader.find(digest(11)) is None
+        assert all(torch.equal(reader.find(key(number)), features(number)) for number in range(10))
+        assert reader.find(key(11)) is None
 
 
 def test_torn_and_damaged_slots_are_never_used(cache, tmp_path):
     for number in range(3):
-        cache.add(digest(number), features(number))
+        cache.add(key(number), features(number))
     (path,) = tmp_path.glob("*.features")
     stored = bytearray(path.read_bytes())
     stored[cache.slot_bytes + 5] ^= 1  # one bit of the second
     path.write_bytes(stored[:-1])  # and the end of the third
     reader = FeatureCache(tmp_path, SHAPE, torch.float16, 1e6)
-    assert torch.equal(reader.find(digest(0)), features(0))
-    assert reader.find(digest(1)) is None and reader.find(digest(2)) is None
+    assert torch.equal(reader.find(key(0)), features(0))
+    assert reader.find(key(1)) is None and reader.find(key(2)) is None
     index = path.with_suffix(".index")
     index.write_bytes(index.read_bytes()[:-30])  # a record and a half
     assert len(FeatureCache(tmp_path, SHAPE, torch.float16, 1e6)) == 1
@@ -66,11 +63,11 @@ def test_torn_and_damaged_slots_are_never_used(cache, tmp_path):
 def test_the_limit_holds(tmp_path):
     cache = FeatureCache(tmp_path, SHAPE, torch.float16, 5 * 2 * 9 * 32)
     for number in range(9):
-        cache.add(digest(number), features(number))
+        cache.add(key(number), features(number))
     assert len(cache) == 5 and "limit" in cache.closed_reason
 
 
-def test_another_tower_preprocessing_or_format_is_another_folder():
+def test_another_encoder_preprocessing_or_dtype_is_another_folder():
     processor, vision_encoder = small_image_processor(), small_vision_encoder()
     name = name_cache(vision_encoder, processor, torch.float16)
     changed = small_vision_encoder()
@@ -101,24 +98,19 @@ def test_bytes_normalised_on_the_device_are_what_clips_processor_makes(processor
 def test_cached_and_fresh_images_keep_their_order(cache, processor):
     """A batch of five, of which two are cached; then all."""
     vision_encoder = small_vision_encoder()
-    encoder = ImageEncoder(
-        vision_encoder,
-        processor.image_processor,
-        cache,
-        Runtime(torch.device("cpu"), torch.float32),
-    )
+    encoder = ImageEncoder(vision_encoder, processor.image_processor, torch.device("cpu"), cache)
     pixels = torch.stack([processor.resize(picture(seed)) for seed in range(5)])
     expected = patch_features(
         vision_encoder, normalize_pixels(pixels, encoder.mean, encoder.std)
     ).half()
     is_cached = torch.tensor([False, True, False, False, True])
     batch = Batch(
-        torch.zeros(1, 2), torch.zeros(1, 2), [0], [digest(number) for number in range(5)], is_cached, pixels[~is_cached],
+        torch.zeros(1, 2), torch.zeros(1, 2), [0], [key(number) for number in range(5)], is_cached, pixels[~is_cached],
         expected[is_cached],
     )  # fmt: skip
     torch.testing.assert_close(encoder.features(batch), expected, atol=2e-3, rtol=1e-3)
     encoder.close()
-    found = [cache.find(digest(number)) for number in range(5)]
+    found = [cache.find(key(number)) for number in range(5)]
     assert [one is not None for one in found] == (~is_cached).tolist()
     torch.testing.assert_close(
         torch.stack([found[0], found[2], found[3]]), expected[~is_cached], atol=2e-3, rtol=1e-3

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from model.weights import read_weights
 from tests.helpers import TOKENIZER, free_port, run_script, start_script
-from trainer.sampler import StepBatches
+from trainer.sampler import StepSampler
 
 NAME = "sft_vlm_64"
 
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over(flags, undisturbed, tmp_path):
         tmp_path,
         "--max_steps",
         "5",
-        "--keep_checkpoints",
+        "--keep_run_states",
         "2",
     )
     newest = tmp_path / f"{NAME}.resume" / "step-00000005.pth"
@@ -124,7 +124,8 @@ def test_a_damaged_checkpoint_is_passed_over(flags, undisturbed, tmp_path):
         checkpoint.write_bytes(b"torn")
     finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume", "auto")
     assert (
-        finished.returncode == 2 and "is whole: leave out --resume to start anew" in finished.stdout
+        finished.returncode == 2
+        and "is whole: leave out --resume to start a new run" in finished.stdout
     )
 
 
@@ -149,7 +150,7 @@ def test_a_polite_stop_saves_first(flags, undisturbed, tmp_path, number):
         time.sleep(0.01)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
-    assert "the same command with --resume goes on" in printed
+    assert "the same command with --resume continues" in printed
     finished = run_script(*command, "--resume")
     assert finished.returncode == 0, finished.stdout
     assert_same_end(tmp_path, undisturbed)
@@ -183,7 +184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, undisturbed, tmp_path):
     assert process.returncode == 2 and "Traceback" not in printed, printed
     assert (
         "error: cannot write" in printed
-        and "the last checkpoint is intact, --resume goes on with it" in printed
+        and "the last run state is intact, --resume continues from it" in printed
     )
     assert printed.rstrip().endswith(str(max((tmp_path / f"{NAME}.resume").glob("step-*"))))
     finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
@@ -200,12 +201,12 @@ def test_a_dead_worker_is_named_and_nothing_is_lost(flags, undisturbed, tmp_path
         os.kill(worker, signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "Traceback" not in printed, printed
-    assert "a process that reads data died" in printed and "--resume goes on with it" in printed
+    assert "a process that reads data died" in printed and "--resume continues from it" in printed
 
 
 def test_resume_says_what_does_not_fit(flags, undisturbed, tmp_path):
     missing = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--resume")
-    assert missing.returncode == 2 and "error: --resume finds no checkpoint in" in missing.stdout
+    assert missing.returncode == 2 and "error: --resume finds no run state in" in missing.stdout
     other = run_script(
         "train_sft_vlm.py", *flags, "--out_dir", undisturbed, "--resume", "--seed", "3"
     )
@@ -236,7 +237,7 @@ def test_no_sample_is_repeated_or_skipped_when_the_step_changes_its_size(
         (last_batch_size, 1, 1, None),
     ]:
         ranks = [
-            StepBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=7)
+            StepSampler(lengths, batch_size, accumulation_steps, rank, world_size, seed=7)
             for rank in range(world_size)
         ]
         for rank in ranks:

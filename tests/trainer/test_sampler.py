@@ -1,5 +1,6 @@
-"""Which samples come together: nothing lost, nothing twice, the same optimizer steps however they are cut up."""
+"""Which samples come together: nothing lost or repeated, the same steps however they are cut."""
 
+from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from common.errors import BadSampleError
 from model.LMConfig import VLMConfig
-from trainer.collate import TrainSamples, find_nothing, make_loader
-from trainer.loop import learning_rate, warm_up
-from trainer.sampler import StepBatches
+from trainer.collate import TrainSamples, make_loader
+from trainer.config import TrainConfig
+from trainer.sampler import StepSampler
+from trainer.schedule import Schedule
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(
     lambda values: np.array(values, dtype=np.int32)
@@ -26,7 +28,7 @@ def test_every_sample_once_in_an_epoch_over_all_ranks(
 ):
     seen = []
     for rank in range(world_size):
-        batches = StepBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
+        batches = StepSampler(lengths, batch_size, accumulation_steps, rank, world_size, seed=3)
         batches.epoch = epoch
         mine = list(batches)
         assert len(mine) == len(batches) == batches.steps_left * accumulation_steps
@@ -40,7 +42,7 @@ def test_every_sample_once_in_an_epoch_over_all_ranks(
 def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
     def steps(batch_size, accumulation_steps, world_size):
         ranks = [
-            list(StepBatches(lengths, batch_size, accumulation_steps, rank, world_size, seed=1))
+            list(StepSampler(lengths, batch_size, accumulation_steps, rank, world_size, seed=1))
             for rank in range(world_size)
         ]
         n = len(ranks[0]) // accumulation_steps
@@ -59,7 +61,7 @@ def test_a_step_has_the_same_samples_however_it_is_cut_up(lengths):
 
 def test_steps_are_random_and_their_batches_of_like_length():
     lengths = np.random.default_rng(0).integers(200, 600, 4000)
-    batches = StepBatches(lengths, 16, accumulation_steps=4, seed=1)
+    batches = StepSampler(lengths, 16, accumulation_steps=4, seed=1)
     first = list(batches)
     assert first == list(batches)
     batches.epoch = 1
@@ -72,8 +74,8 @@ def test_steps_are_random_and_their_batches_of_like_length():
     def padding(cut):
         return 1 - sum(lengths[b].sum() for b in cut) / sum(lengths[b].max() * len(b) for b in cut)
 
-    assert padding(first) < 0.12 < 0.25 < padding(list(StepBatches(lengths, 64, seed=1)))
-    assert padding(list(StepBatches(lengths, 16, shuffle=False))) < 0.01, (
+    assert padding(first) < 0.12 < 0.25 < padding(list(StepSampler(lengths, 64, seed=1)))
+    assert padding(list(StepSampler(lengths, 16, shuffle=False))) < 0.01, (
         "validation may take them in order of length"
     )
 
@@ -94,7 +96,7 @@ class Samples:
 
 
 def test_bad_samples_are_left_out_and_counted():
-    safe = TrainSamples(Samples(), find_nothing)
+    safe = TrainSamples(Samples())
     batch = safe.collate([safe[i] for i in range(4)])
     assert batch.input_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5]]
     assert batch.labels[0].tolist() == [0, 1, 2, -100, -100, -100]
@@ -112,14 +114,19 @@ def test_bad_samples_are_left_out_and_counted():
 
 
 def test_loader_workers_report_bad_samples():
-    loader = make_loader(Samples(), StepBatches(np.arange(5), 2, shuffle=False), num_workers=2)
+    loader = make_loader(Samples(), StepSampler(np.arange(5), 2, shuffle=False), num_workers=2)
     batches = list(loader)
     assert sum(len(batch.indices) for batch in batches) == 3
     assert sum(batch.skipped["image damaged"] for batch in batches) == 2
 
 
 def test_learning_rate_is_the_published_schedule():
-    assert learning_rate(0, 100, 1e-3) == 1e-4 + 1e-3
-    assert abs(learning_rate(50, 100, 1e-3) - (1e-4 + 0.5e-3)) < 1e-9
-    assert abs(learning_rate(100, 100, 1e-3) - 1e-4) < 1e-9
-    assert (warm_up(0, 10), warm_up(9, 10), warm_up(50, 10), warm_up(0, 0)) == (0.1, 1, 1, 1)
+    config = TrainConfig(learning_rate=1e-3)
+    schedule = Schedule(config, StepSampler(np.ones(100), 1), steps_done=0)
+    assert schedule.total_steps == schedule.total_samples == 100
+    assert schedule.learning_rate(0, 0) == 1e-4 + 1e-3
+    assert abs(schedule.learning_rate(50, 50) - (1e-4 + 0.5e-3)) < 1e-9
+    assert abs(schedule.learning_rate(100, 100) - 1e-4) < 1e-9
+    warm = Schedule(replace(config, warmup_iters=10), StepSampler(np.ones(100), 1), steps_done=0)
+    factors = [warm.learning_rate(0, step) / (1e-4 + 1e-3) for step in (0, 9, 50)]
+    assert np.allclose(factors, [0.1, 1, 1])

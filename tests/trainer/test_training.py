@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from dataset.vlm_dataset import VLMDataset
 from model.weights import read_weights
 from tests.helpers import (
     N_PATCHES,
@@ -19,6 +20,14 @@ from tests.helpers import (
     start_script,
     write_rows,
 )
+from trainer.build import build_model, set_trainable
+from trainer.collate import make_loader
+from trainer.config import TrainConfig
+from trainer.feature_cache import FeatureCache
+from trainer.image_encoder import ImageEncoder
+from trainer.loop import train
+from trainer.runtime import start_runtime
+from trainer.sampler import StepSampler
 
 SIZES = [
     "--dim",
@@ -167,22 +176,16 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(one_process, flags, tm
 def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
     """Loss and gradients of a batch of the loader, with positions found there, features out of the cache and the head at labels
     only, against whole logits, CLIP's own float pixels and rows one by one without padding."""
-    from dataset.vlm_dataset import VLMDataset
-    from trainer.collate import make_loader
-    from trainer.feature_cache import FeatureCache
-    from trainer.image_encoder import ImageEncoder
-    from trainer.runtime import Runtime
-    from trainer.sampler import StepBatches
-
     model, data = (
         small_model().train(),
         VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300),
     )
-    runtime = Runtime(torch.device("cpu"), torch.float32)
     cache = FeatureCache(tmp_path, (N_PATCHES, model.config.vision_dim), torch.float16, 1e8)
-    images = ImageEncoder(model.vision_encoder, processor.image_processor, cache, runtime)
+    images = ImageEncoder(
+        model.vision_encoder, processor.image_processor, torch.device("cpu"), cache
+    )
     for _ in range(2):  # the second time all features come from the cache
-        loader = make_loader(data, StepBatches(data.lengths, 24), 0, images.find_features)
+        loader = make_loader(data, StepSampler(data.lengths, 24), 0, cache)
         (batch,) = list(loader)
         features = images.features(batch)
         while images._unwritten:
@@ -218,40 +221,36 @@ def test_pretraining_moves_the_projector_and_the_last_layer_only(one_process, fl
     assert moved == {name for name in before if name.startswith(("vision_proj.", "layers.1."))}
 
 
-def test_the_tower_does_not_change_by_a_bit(vision_dir, rows_dir, tmp_path, tokenizer):
-    """In process, since files hold no vision_encoder."""
-    from types import SimpleNamespace
-
-    from dataset.vlm_dataset import VLMDataset
-    from trainer.build import build_model, set_trainable
-    from trainer.loop import train
-    from trainer.runtime import Runtime, seed_everything
-
-    args = SimpleNamespace(
-        tokenizer=TOKENIZER, vision_model=vision_dir, dim=64, n_layers=2, init_weights="none", out_dir=tmp_path, save_name="x",
-        batch_size=8, accumulation_steps=1, seed=0, epochs=1, max_steps=2, learning_rate=1e-2, warmup_iters=0, grad_clip=1.0,
-        num_workers=0, log_interval=1, save_interval=1, use_wandb=False, data_path=["rows"], max_seq_len=300, resume=None,
-        keep_checkpoints=1, feature_cache=None, feature_cache_gb=1, time_split=False, compile=False,
-    )  # fmt: skip
-    seed_everything(0)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    model, processor = build_model(args, runtime)
+def test_a_notebook_trains_with_one_call_and_the_vision_encoder_stays(
+    vision_dir, rows_dir, tmp_path
+):
+    """In process, since files hold no vision encoder; signal handlers are as before afterwards."""
+    config = TrainConfig(
+        data_path=["rows"],
+        dim=64,
+        n_layers=2,
+        tokenizer=str(TOKENIZER),
+        vision_model=str(vision_dir),
+        batch_size=8,
+        learning_rate=1e-2,
+        max_steps=2,
+        max_seq_len=300,
+        out_dir=str(tmp_path),
+        device="cpu",
+    )
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    model, processor = build_model(config, start_runtime(config))
+    data = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
     set_trainable(model, lambda name: True)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    train(
-        model,
-        VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300),
-        None,
-        args,
-        runtime,
-    )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    moved = {
-        name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])
-    }
-    assert moved and not any(name.startswith("vision_encoder.") for name in moved)
+    result = train(model, data, config)
+
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert (result.step, result.total_steps, result.exit_status) == (2, 2, 0)
+    assert result.weights == tmp_path / "train_64.pth" and result.weights.is_file()
+    weights = model.state_dict()
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert not any(name.startswith("vision_encoder.") for name in moved)
     assert moved >= {"vision_proj.vision_proj.0.weight", "tok_embeddings.weight", "norm.weight"}
 
 
@@ -401,5 +400,5 @@ def test_non_finite_loss_names_the_rows_and_the_last_weights(flags, tmp_path):
     assert (
         "samples [" in last
         and "lower --learning_rate" in last
-        and f"is intact, --resume goes on with it: {tmp_path}/sft_vlm_64.resume/step-" in last
+        and f"is intact, --resume continues from it: {tmp_path}/sft_vlm_64.resume/step-" in last
     )
