@@ -11,6 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -34,8 +35,12 @@ ENTRY = np.dtype(
         ("method", "<u2"),
     ]
 )
-# Stands for any method that is not read here.
+# A method that no archive has.
 ENCRYPTED = 99
+# What `zipfile` raises for an archive that is cut off or changed.
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, OSError, ValueError, OverflowError, NotImplementedError, struct.error
+)  # fmt: skip
 
 
 def split_names(value: object) -> list[str]:
@@ -158,61 +163,50 @@ def open_images(path: str | Path | None) -> ImageFolder | ImageZip | None:
 def list_entries(path: Path) -> np.ndarray:
     """ENTRY[n] of an archive's files, sorted by (hash of the) name.
 
-    `zipfile` takes about a kilobyte for each entry while it reads the directory: once, because the
+    `zipfile` takes half a kilobyte for each entry while it reads the directory: once, because the
     array is cached. UserError where the archive is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            files = [info for info in archive.infolist() if _is_file(_read_name(info))]
-            prefix = _shared_folder(files)
-            entries = np.empty(len(files), ENTRY)
-            for number, info in enumerate(files):
-                entries[number] = _make_entry(info, prefix)
-    # What `zipfile` raises for an archive that is cut off or changed.
-    except (
-        OSError,
-        ValueError,
-        OverflowError,
-        struct.error,
-        NotImplementedError,
-        zipfile.BadZipFile,
-    ) as error:
+            prefix = _shared_folder(name for name, _ in _list_files(archive))
+            found = (_make_entry(name, info, prefix) for name, info in _list_files(archive))
+            entries = np.fromiter(found, ENTRY)
+    except ARCHIVE_ERRORS as error:
         raise UserError(f"{path} is no whole .zip ({error}): fetch it again") from error
-    return np.sort(entries, order="name")
+    return entries[np.argsort(entries["name"], kind="stable")]
 
 
-def _read_name(info: zipfile.ZipInfo) -> bytes:
-    """An entry's name as the archive has it, with "/" between folders.
+def _list_files(archive: zipfile.ZipFile) -> Iterator[tuple[bytes, zipfile.ZipInfo]]:
+    """(name, entry) of every file, named as `normalize_name` has it; no folders.
 
-    Many archives hold UTF-8 without saying so; `zipfile` then reads it as the alphabet of MS-DOS.
+    Many archives hold UTF-8 without saying so, which `zipfile` then reads as MS-DOS letters.
     """
-    alphabet = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    return info.orig_filename.encode(alphabet).replace(b"\\", b"/")
+    for info in archive.infolist():
+        encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+        name = info.orig_filename.encode(encoding).replace(b"\\", b"/")
+        if not name.endswith(b"/") and not name.startswith(b"__MACOSX/"):
+            yield posixpath.normpath(name), info
 
 
-def _is_file(name: bytes) -> bool:
-    return not name.endswith(b"/") and not name.startswith(b"__MACOSX/")
-
-
-def _shared_folder(files: list[zipfile.ZipInfo]) -> bytes:
-    """b"images/" where all entries are below that one folder; b"" otherwise."""
+def _shared_folder(names: Iterator[bytes]) -> bytes:
+    """b"images/" where all names begin with that one folder; b"" otherwise."""
     folders = set()
-    for info in files:
-        folder, slash, _ = posixpath.normpath(_read_name(info)).partition(b"/")
+    for name in names:
+        folder, slash, _ = name.partition(b"/")
         folders.add(folder + slash)
-    shared = folders.pop() if len(folders) == 1 else b""
+        if len(folders) > 1:
+            return b""
+    shared = folders.pop() if folders else b""
     return shared if shared.endswith(b"/") else b""
 
 
-def _make_entry(info: zipfile.ZipInfo, prefix: bytes) -> tuple[int, int, int, int, int, int]:
+def _make_entry(name: bytes, info: zipfile.ZipInfo, prefix: bytes) -> tuple[int, ...]:
     """The fields of ENTRY. Sizes are cut to 32 bits: no picture that large is read anyway."""
-    name = posixpath.normpath(_read_name(info))
-    limit = 2**32 - 1
     return (
         hash_to_int(name.removeprefix(prefix)),
         info.header_offset,
-        min(info.compress_size, limit),
-        min(info.file_size, limit),
+        min(info.compress_size, 2**32 - 1),
+        min(info.file_size, 2**32 - 1),
         info.CRC,
         ENCRYPTED if info.flag_bits & 1 else info.compress_type,
     )
