@@ -1,150 +1,129 @@
 """Ask a trained model about pictures, or measure how well it answers.
 
-python eval_vlm.py --load 0 --model_mode 1                      every picture in dataset/eval_images
-python eval_vlm.py --image a.jpg --image b.jpg --prompt "What changes?"
-python eval_vlm.py --chat --image a.jpg                         a dialogue that keeps the picture
-python eval_vlm.py --data rows.jsonl --images_path folder       loss and exact-answer accuracy
+python eval_vlm.py --model_mode 1                      # every picture in dataset/eval_images
+python eval_vlm.py --weights out/mine_512.pth --image a.jpg --prompt "What is this?"
+python eval_vlm.py --image a.jpg b.jpg --prompt "What changes?"
+python eval_vlm.py --chat --image a.jpg                # a dialogue that keeps the picture
+python eval_vlm.py --data rows.jsonl --images_path folder  # loss and exact-answer accuracy
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
 from common.files import write_text
-from dataset.mixture import open_data
-from inference.chat import Chat
-from inference.evaluate import (
-    IMAGE_CHOICES,
-    accuracy,
-    answer_questions,
-    collect_questions,
-    mean_loss,
-)
-from inference.load import add_model_flags, add_sampling_flags, load_vlm
-from inference.quantize import count_weights
+from common.flags import parse_flags
+from dataset.mixture import find_sources, open_data
+from inference.config import EvalConfig
+from inference.paths import find_model
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# The published questions, for one picture and for several.
-PROMPTS = {1: "描述一下这个图像的内容。", 2: "比较一下两张图像的异同点。"}
+if TYPE_CHECKING:
+    from inference import VLM
+    from inference.chat import Chat
 
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    group = parser.add_argument_group("what to ask")
-    group.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a picture; repeat it to ask about several",
-    )
-    group.add_argument(
-        "--prompt", help="the question (a request for a description where not given)"
-    )
-    group.add_argument(
-        "--chat",
-        action="store_true",
-        help="type questions; /image FILE adds a picture, /new starts anew, /exit ends",
-    )
-    group.add_argument(
-        "--images_dir", help="ask about each picture of a folder (dataset/eval_images); with --model_mode 2 about each of its "
-        "folders of pictures (dataset/eval_multi_images)"
-    )  # fmt: skip
-    group = parser.add_argument_group("what to measure")
-    group.add_argument(
-        "--data", nargs="+", metavar="FILE", help="rows with known answers, .jsonl or .parquet"
-    )
-    group.add_argument(
-        "--images_path",
-        nargs="+",
-        metavar="FOLDER",
-        help="folder or .zip of the images that --data names",
-    )
-    group.add_argument(
-        "--show_images",
-        choices=IMAGE_CHOICES,
-        default="right",
-        help="give --data its images, those of other rows, or none",
-    )
-    group.add_argument("--batch_size", type=int, default=32, help="questions answered together")
-    group.add_argument(
-        "--save_report", help="write the scores and answers of --data to this JSON file"
-    )
-    add_model_flags(parser)
-    add_sampling_flags(parser)
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error(f"--batch_size is {args.batch_size}: it has to be at least 1")
-    return args
+PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# The published questions about one picture, and about several.
+PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一下两张图像的异同点。"
 
 
 def main() -> None:
-    args = parse_args()
-    model, processor = load_vlm(args)
+    # Flags and files are checked before PyTorch and transformers, which take seconds to import.
+    config = parse_flags(EvalConfig(), __doc__.splitlines()[0])
+    model = find_model(config)
+    groups = find_pictures(config)
+    if config.data:
+        find_sources(config.data, config.images_path)
+    from inference import load_vlm
+    from inference.quantize import count_weights
+
+    vlm = load_vlm(**model)
+    n_weights, device = count_weights(vlm.model), vlm.model.tok_embeddings.weight.device
     print(
-        f"model: {count_weights(model) / 1e6:.2f} M parameters without the vision tower, on {args.device}"
+        f"model: {vlm.weights}, {n_weights / 1e6:.2f} M parameters without the vision encoder, "
+        f"on {device}"
     )
-    if args.data:
-        measure(args, model, processor)
-    elif args.chat:
-        converse(args, Chat(model, processor))
+    if config.data:
+        measure(config, vlm)
+    elif config.chat:
+        converse(config, vlm)
     else:
-        for images in [args.image] if args.image else list_pictures(args):
-            print(f"\n[{', '.join(Path(image).name for image in images)}]")
-            try:
-                say_answer(
-                    Chat(model, processor),
-                    args.prompt or PROMPTS[min(len(images), 2)],
-                    images,
-                    args,
-                )
-            except BadSampleError as error:
-                if args.image:  # asked for by name
-                    raise
-                print(f"skipped: {error}")
+        ask_about_all(config, vlm, groups)
 
 
-def list_pictures(args: argparse.Namespace) -> list[list[Path]]:
-    """The pictures of a folder one by one; in --model_mode 2 those of each of its folders together."""
-    several = args.model_mode == 2
-    folder = Path(
-        args.images_dir or ("dataset/eval_multi_images" if several else "dataset/eval_images")
-    )
+def find_pictures(config: EvalConfig) -> list[list[Path]]:
+    """The pictures to ask about, those of one question together.
+
+    MissingFileError where one that is asked for by name is missing, or there are none.
+    """
+    pictures = [Path(image) for image in config.image]
+    for picture in pictures:
+        if not picture.is_file():
+            raise MissingFileError(f"no picture {picture}: correct --image")
+    if pictures or config.data or config.chat:
+        return [pictures]
+
+    # a folder: each picture, or those of each folder in it
+    has_several = config.model_mode == 2
+    default = "dataset/eval_multi_images" if has_several else "dataset/eval_images"
+    folder = Path(config.images_dir or default)
     if not folder.is_dir():
         raise MissingFileError(
             f"no folder {folder}: put pictures there, or pass --image FILE or --images_dir FOLDER"
         )
-    groups = (
-        [pictures_in(path) for path in sorted(folder.iterdir()) if path.is_dir()] if several else []
-    )
-    groups = [group for group in groups if group] or [[picture] for picture in pictures_in(folder)]
+    groups = []
+    if has_several:
+        groups = [list_pictures(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+        groups = [group for group in groups if group]
+    groups = groups or [[picture] for picture in list_pictures(folder)]
     if not groups:
         raise MissingFileError(f"no pictures in {folder}: put some there, or pass --image FILE")
     return groups
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+def list_pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_TYPES)
 
 
-def say_answer(chat: Chat, prompt: str, images: list, args: argparse.Namespace) -> None:
-    """Print the answer as it comes, then how fast it came. BadSampleError where a picture cannot be read."""
-    sampling = dict(
-        temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens
-    )
-    for piece in chat.ask(prompt, images, **sampling):
+def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:
+    """Ask the same question about each group of pictures."""
+    for pictures in groups:
+        print(f"\n[{', '.join(picture.name for picture in pictures)}]")
+        prompt = config.prompt or (PROMPT_FOR_SEVERAL if len(pictures) > 1 else PROMPT)
+        try:
+            print_answer(config, vlm.start_chat(), prompt, pictures)
+        except BadSampleError as error:
+            # A picture that was named has to be readable; one of a folder is left out.
+            if config.image:
+                raise
+            print(f"skipped: {error}")
+
+
+def print_answer(config: EvalConfig, chat: Chat, prompt: str, pictures: list) -> None:
+    """Print the answer as it comes, then how fast it came.
+
+    Args:
+        config: has the options of sampling.
+        chat: the conversation so far.
+        prompt: the question.
+        pictures: new ones.
+
+    BadSampleError where a picture cannot be read.
+    """
+    for piece in chat.ask(prompt, pictures, **config.sampling):
         print(piece, end="", flush=True)
     print(
-        f"\n({chat.tokens_per_second:.1f} tokens/s, first token after {chat.seconds_to_first_token:.2f} s)"
+        f"\n({chat.tokens_per_second:.1f} tokens/s, first token after "
+        f"{chat.seconds_to_first_token:.2f} s)"
     )
 
 
-def converse(args: argparse.Namespace, chat: Chat) -> None:
+def converse(config: EvalConfig, vlm: VLM) -> None:
+    """Answer what is typed until /exit, or the end of the input."""
     print("Ask away. /image FILE adds a picture, /new starts anew, /exit ends.")
-    waiting = list(args.image)
+    chat, new_pictures = vlm.start_chat(), list(config.image)
     while True:
         try:
             line = input("> ").strip()
@@ -153,55 +132,72 @@ def converse(args: argparse.Namespace, chat: Chat) -> None:
         if line == "/exit":
             return
         if line == "/new":
-            chat, waiting = Chat(chat.model, chat.processor), []
+            chat, new_pictures = vlm.start_chat(), []
         elif line.startswith("/image "):
             path = line.removeprefix("/image ").strip()
             if Path(path).is_file():
-                waiting.append(path)
+                new_pictures.append(path)
             else:
                 print(f"no file {path}")
         elif line.startswith("/"):
             print("/image FILE adds a picture, /new starts anew, /exit ends")
         elif line:
             try:
-                say_answer(chat, line, waiting, args)
+                print_answer(config, chat, line, new_pictures)
             except UserError as error:
                 print(error)
-            waiting = []
+            new_pictures = []
 
 
-def measure(args: argparse.Namespace, model, processor) -> None:
-    dataset = open_data(args.data, args.images_path, processor, args.max_seq_len)
+def measure(config: EvalConfig, vlm: VLM) -> None:
+    """Print loss and accuracy on rows with known answers."""
+    from inference.evaluate import (
+        answer_questions,
+        collect_questions,
+        measure_accuracy,
+        measure_loss,
+    )
+
+    # read
+    max_length = vlm.model.config.max_seq_len
+    dataset = open_data(config.data, config.images_path, vlm.processor, max_length)
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
-    questions, unreadable = collect_questions(dataset, args.show_images)
+
+    # ask
+    questions, unreadable = collect_questions(dataset, config.show_images)
+    title = f"answer ({config.show_images} images)"
     questions, not_asked = answer_questions(
-        model, processor, questions, args.batch_size, f"answer ({args.show_images} images)"
+        vlm.model, vlm.processor, questions, config.batch_size, title
     )
     if unreadable or not_asked:
         print(f"not asked: {list_reasons(unreadable + not_asked)}")
     if not questions:
-        raise UserError(f"no question of {' '.join(args.data)} could be asked")
-    scores = accuracy(questions)
-    report = {"images": args.show_images, "questions": len(questions), "accuracy": scores}
-    if args.show_images == "right":
-        report["loss"] = mean_loss(model, dataset)
+        raise UserError(f"no question of {' '.join(config.data)} could be asked")
+
+    # score; the loss belongs to the right images only
+    scores = measure_accuracy(questions)
+    report = {"images": config.show_images, "questions": len(questions), "accuracy": scores}
+    if config.show_images == "right":
+        report["loss"] = measure_loss(vlm.model, dataset)
         print(f"loss: {report['loss']:.4f} nats a label token")
     for name, score in scores.items():
         print(f"exact answers, {name}: {100 * score:.1f} %")
-    if args.save_report:
+
+    # report
+    if config.save_report:
         report["answers"] = [
             {
-                "type": q.type,
-                "question": q.turns[-1]["content"],
-                "answer": q.answer,
-                "given": q.given,
-                "images": [str(i) for i in q.images],
+                "type": question.type,
+                "question": question.turns[-1]["content"],
+                "answer": question.answer,
+                "given": question.given,
+                "images": [str(image) for image in question.images],
             }
-            for q in questions
+            for question in questions
         ]
-        write_text(Path(args.save_report), json.dumps(report, ensure_ascii=False, indent=1))
-        print(f"report: {args.save_report}")
+        write_text(Path(config.save_report), json.dumps(report, ensure_ascii=False, indent=1))
+        print(f"report: {config.save_report}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A dialogue about images that streams its answers: behind the command line and the web page alike."""
+"""A dialogue about pictures, behind the command line, the web page and `load_vlm` alike."""
 
 import time
 from collections.abc import Iterator
@@ -11,54 +11,71 @@ from model.processing import IMAGE_TAG, VLMProcessor
 
 
 class Chat:
-    """Turns and images of one conversation. Nothing is shared between two of them but the model."""
+    """Turns and pictures of one conversation; two conversations share nothing but the model.
+
+    Attributes:
+        turns: one {"role": ..., "content": ...} for each.
+        images: the pictures so far.
+        tokens_per_second: of the last answer.
+        seconds_to_first_token: of the last answer, without the time of the vision encoder.
+    """
 
     def __init__(self, model: MiniMindVLM, processor: VLMProcessor):
         self.model, self.processor = model, processor
         self.turns: list[dict] = []
         self.images: list = []
-        self.image_features: torch.Tensor | None = (
-            None  # float[k, patches, width]: the vision encoder runs once a picture
-        )
+        # float[k, patches, vision_dim]: the vision encoder runs once for each picture.
+        self.image_features: torch.Tensor | None = None
         self.tokens_per_second = 0.0
         self.seconds_to_first_token = 0.0
 
     def ask(self, prompt: str, images: list = (), **sampling) -> Iterator[str]:
-        """Stream the answer to `prompt`, piece by piece; new `images` stay for the rest of the conversation.
+        """Stream the answer, piece by piece.
 
-        `sampling`: temperature, top_p, max_new_tokens. BadSampleError for an image that cannot be read, UserError for
-        a conversation that no longer fits. The conversation grows when the answer is complete, not before.
+        The conversation grows when the answer is complete, not before.
+
+        Args:
+            prompt: the question.
+            images: new pictures (or their paths), which stay for the rest of the conversation.
+            sampling: temperature, top_p, max_new_tokens, as `generate` takes them.
+
+        BadSampleError for a picture that cannot be read, UserError for a conversation that is too
+        long for the model.
         """
-        device = self.model.tok_embeddings.weight.device
+        # the conversation as it would be
         tags = f"{IMAGE_TAG}\n" * max(0, len(images) - prompt.count(IMAGE_TAG))
         turns = self.turns + [{"role": "user", "content": tags + prompt}]
         images = self.images + list(images)
-        input_ids = self.processor.encode_prompt(turns, len(images)).to(device)
-        if input_ids.shape[1] >= self.model.config.max_seq_len:
+        input_ids = self.processor.encode_prompt(turns, len(images))
+        n_tokens, max_seq_len = input_ids.shape[1], self.model.config.max_seq_len
+        if n_tokens >= max_seq_len:
             raise UserError(
-                f"the conversation has {input_ids.shape[1]} tokens but the model takes "
-                f"{self.model.config.max_seq_len} (--max_seq_len): start a new one"
+                f"the conversation has {n_tokens} tokens but the model takes {max_seq_len} "
+                "(--max_seq_len): start a new one"
             )
-        features = self._features(images)
+        features = self._encode_images(images)
 
-        started, n_tokens, said = time.perf_counter(), 0, ""
+        # the answer
+        input_ids = input_ids.to(self.model.tok_embeddings.weight.device)
+        started, n_new, answer = time.perf_counter(), 0, ""
         for tokens in self.model.generate(
             input_ids, image_features=features, stream=True, **sampling
         ):
-            n_tokens += 1
-            if n_tokens == 1:
+            n_new += 1
+            if n_new == 1:
                 self.seconds_to_first_token = time.perf_counter() - started
             text = self.processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
-            if not text.endswith(
-                "\ufffd"
-            ):  # else the last character's other bytes are still to come
-                yield text[len(said) :]
-                said = text
-        self.tokens_per_second = n_tokens / (time.perf_counter() - started)
-        self.turns = turns + [{"role": "assistant", "content": said}]
+            # This sign means that the last character's other bytes are still to come.
+            if not text.endswith("\ufffd"):
+                yield text[len(answer) :]
+                answer = text
+        self.tokens_per_second = n_new / (time.perf_counter() - started)
+
+        self.turns = turns + [{"role": "assistant", "content": answer}]
         self.images, self.image_features = images, features
 
-    def _features(self, images: list) -> torch.Tensor | None:
+    def _encode_images(self, images: list) -> torch.Tensor | None:
+        """float[k, patches, vision_dim] of all pictures; only the new ones are encoded."""
         new = images[len(self.images) :]
         if not new:
             return self.image_features

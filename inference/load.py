@@ -1,112 +1,227 @@
-"""One call from flags to a model ready to answer: what eval_vlm.py and web_demo_vlm.py start with."""
+"""From a path to a model that answers."""
 
-import argparse
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.errors import UserError
+from inference.chat import Chat
+from inference.config import DTYPES
+from inference.paths import ModelFiles, find_model_files
 from inference.quantize import quantize
-from model.llava import load_transformers_directory
-from model.LMConfig import LMConfig, VLMConfig
+from model.files import info_path
+from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
-from model.processing import TOKENIZER_PATH, VLMProcessor, load_tokenizer
-from model.vision import VISION_MODEL_PATH, load_vision_encoder
-from model.weights import STAGES, load_weights, read_weights, weights_path
+from model.processing import VLMProcessor, load_tokenizer
+from model.vision import load_vision_encoder
+from model.weights import PROJECTOR, load_weights, read_sizes, read_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+# Sizes of the vision encoder in the JSON beside a weights file.
+VISION_SIZES = ("vision_dim", "n_image_tokens")
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    sizes = LMConfig()
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--load",
-        type=int,
-        default=0,
-        choices=(0, 1),
-        help="0: OUT_DIR/….pth; 1: a transformers directory",
-    )
-    group.add_argument(
-        "--model_mode",
-        type=int,
-        default=1,
-        choices=tuple(STAGES),
-        help="0: pretrained, 1: SFT, 2: multi-image SFT",
-    )
-    group.add_argument("--out_dir", default="out", help="folder of the .pth weights")
-    group.add_argument("--transformers_dir", default="MiniMind2-V", help="directory for --load 1")
-    group.add_argument("--dim", type=int, default=sizes.dim, help="width of the language model")
-    group.add_argument("--n_layers", type=int, default=sizes.n_layers, help="its layers")
-    group.add_argument(
-        "--max_seq_len",
-        type=int,
-        default=sizes.max_seq_len,
-        help="most tokens of prompt and answer together",
-    )
-    group.add_argument("--tokenizer", default=TOKENIZER_PATH, help="tokenizer folder")
-    group.add_argument("--vision_model", default=VISION_MODEL_PATH, help="CLIP folder")
-    group.add_argument(
-        "--weights", default="float32", choices=("float32", "float16", "int8"),
-        help="format of the language model's weights; the smaller ones answer faster on a CPU, and need one",
-    )  # fmt: skip
-    group.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:0",
-    )
+class VLM:
+    """A model that is ready to answer; `load_vlm` makes it.
 
+    Attributes:
+        model: the network, in eval mode on its device.
+        processor: turns questions and pictures into what the network takes.
+        weights: the file or directory they were loaded from.
+    """
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--temperature", type=float, default=0.65, help="0 takes the likeliest token"
-    )
-    group.add_argument(
-        "--top_p",
-        type=float,
-        default=0.85,
-        help="sample from the likeliest tokens that hold this probability",
-    )
-    group.add_argument("--max_new_tokens", type=int, default=512, help="longest answer")
+    def __init__(self, model: MiniMindVLM, processor: VLMProcessor, weights: Path):
+        self.model, self.processor, self.weights = model, processor, weights
 
+    def ask(
+        self,
+        images: str | Path | Image | list | None,
+        prompt: str,
+        *,
+        stream: bool = False,
+        temperature: float = 0.65,
+        top_p: float = 0.85,
+        max_new_tokens: int = 512,
+    ) -> str | Iterator[str]:
+        """Answer one question.
 
-def load_vlm(args: argparse.Namespace) -> tuple[MiniMindVLM, VLMProcessor]:
-    """The model that the flags of `add_model_flags` describe, in eval mode on its device, and its processor."""
-    tokenizer_path = args.tokenizer
-    if args.load == 1:
-        folder = Path(args.transformers_dir)
-        if (folder / "tokenizer.json").is_file():
-            tokenizer_path = folder
-        model, image_processor = load_transformers_directory(folder, args.vision_model)
-        tokenizer = load_tokenizer(tokenizer_path)
-    else:
-        tokenizer = load_tokenizer(tokenizer_path)
-        vision_encoder, image_processor = load_vision_encoder(args.vision_model)
-        config = VLMConfig.for_vision_encoder(
-            vision_encoder.config,
-            dim=args.dim,
-            n_layers=args.n_layers,
-            max_seq_len=args.max_seq_len,
-            vocab_size=len(tokenizer),
+        Args:
+            images: a picture or a list of them, each a path or a PIL image; None for text only.
+            prompt: the question.
+            stream: return an iterator of the answer's pieces, as they come, instead of a str.
+            temperature: 0 takes the likeliest token; larger numbers give rarer ones a chance.
+            top_p: probability that the tokens to choose from hold together.
+            max_new_tokens: longest answer, in tokens.
+
+        BadSampleError for a picture that cannot be read, UserError for a prompt that is too long.
+        """
+        if images is None:
+            images = []
+        elif not isinstance(images, list | tuple):
+            images = [images]
+        pieces = self.start_chat().ask(
+            prompt,
+            list(images),
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
         )
-        model = MiniMindVLM(config, vision_encoder)
-        path = weights_path(args.out_dir, STAGES[args.model_mode], args.dim)
-        load_weights(model, read_weights(path), path)
-    if model.config.vocab_size not in (
-        len(tokenizer),
-        len(tokenizer) - 1,
-    ):  # an exported tokenizer also holds <image>
+        return pieces if stream else "".join(pieces)
+
+    def start_chat(self) -> Chat:
+        """A new conversation, for questions that follow from one another."""
+        return Chat(self.model, self.processor)
+
+
+def load_vlm(
+    weights: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    vision_model: str | Path | None = None,
+    dim: int | None = None,
+    n_layers: int | None = None,
+    max_seq_len: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> VLM:
+    """Load a trained model.
+
+    >>> from inference import load_vlm
+    >>> vlm = load_vlm("out/demo")
+    >>> print(vlm.ask("cat.jpg", "What is this?"))
+
+    Sizes, tokenizer and vision encoder come from the JSON that training leaves beside the weights.
+    Published files have none: their sizes are read off the tensors, and the other parts come from
+    model/minimind_tokenizer and model/vision_model. What is passed here comes first.
+
+    Args:
+        weights: a .pth file, a folder of them (SFT weights are preferred), or a transformers
+            directory.
+        tokenizer: folder of the tokenizer.
+        vision_model: folder of the CLIP vision encoder.
+        dim: width of the language model; it has to be that of the weights.
+        n_layers: number of transformer layers, likewise.
+        max_seq_len: most tokens of prompt and answer together.
+        device: cpu, cuda, cuda:1, mps, xpu; a GPU if there is one, if not given.
+        dtype: number format of the language model's weights: float32, float16 or int8. The small
+            ones answer faster, on a CPU.
+
+    MissingFileError where a file is missing, UserError where parts do not fit together.
+    """
+    # files, before anything is loaded
+    files = find_model_files(weights, tokenizer, vision_model, dim)
+    device = choose_device(device)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype}: choose from {', '.join(DTYPES)}")
+    if dtype != "float32" and device.type != "cpu":
         raise UserError(
-            f"the model knows {model.config.vocab_size} tokens but the tokenizer {tokenizer_path} has {len(tokenizer)}"
+            f"--dtype {dtype} is for the CPU, not for {device}: leave it out or pass --device cpu"
         )
-    if args.weights != "float32" and not args.device.startswith("cpu"):
-        raise UserError(
-            f"--weights {args.weights} is for the CPU, not for --device {args.device}: leave it out"
-        )
-    quantize(model, args.weights)
+
+    # the network
+    tokenizer = load_tokenizer(files.tokenizer)
+    load = load_directory if files.weights.is_dir() else load_file
+    model, image_processor = load(files, len(tokenizer), dim, n_layers, max_seq_len)
+
+    # its dtype and its device
+    quantize(model, dtype)
     try:
-        model.to(args.device)
+        model.to(device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--device {args.device} cannot be used ({str(error).splitlines()[0]}): pass --device cpu"
+            f"--device {device} cannot be used ({reason}): pass --device cpu"
         ) from error
-    return model.eval(), VLMProcessor(tokenizer, image_processor, model.config)
+    processor = VLMProcessor(tokenizer, image_processor, model.config)
+    return VLM(model.eval(), processor, files.weights)
+
+
+def load_file(
+    files: ModelFiles,
+    vocab_size: int,
+    dim: int | None,
+    n_layers: int | None,
+    max_seq_len: int | None,
+) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+    """The network of a .pth file, and its image processor.
+
+    Args:
+        files: where the file lies, and what the JSON beside it says.
+        vocab_size: number of tokens of the tokenizer.
+        dim: see `load_vlm`, like the others.
+    """
+    # sizes
+    path, weights = files.weights, read_weights(files.weights)
+    if not any(name.startswith(PROJECTOR) for name in weights):
+        raise UserError(
+            f"{path} is a language model that has not learned to see: train it with "
+            "train_pretrain_vlm.py, or pass weights that came out of training"
+        )
+    sizes = read_sizes(weights, path) | files.info.get("config", {})
+    check_size("dim", dim, sizes["dim"], path)
+    check_size("n_layers", n_layers, sizes["n_layers"], path)
+
+    # Tokenizer and vision encoder give theirs, which `load_weights` compares with the file's.
+    vision_encoder, image_processor = load_vision_encoder(files.vision_model)
+    sizes = {name: size for name, size in sizes.items() if name not in VISION_SIZES}
+    sizes["vocab_size"] = vocab_size
+    if max_seq_len is not None:
+        sizes["max_seq_len"] = max_seq_len
+    try:
+        config = VLMConfig.for_vision_encoder(vision_encoder.config, **sizes)
+        model = MiniMindVLM(config, vision_encoder)
+    except TypeError as error:
+        raise UserError(
+            f"{info_path(path)} is damaged ({error}): remove it, and pass --dim and --n_layers "
+            "instead"
+        ) from error
+    load_weights(model, weights, path)
+    return model, image_processor
+
+
+def load_directory(
+    files: ModelFiles,
+    vocab_size: int,
+    dim: int | None,
+    n_layers: int | None,
+    max_seq_len: int | None,
+) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+    """The same for a transformers directory."""
+    from model.llava import load_transformers_directory
+
+    model, image_processor = load_transformers_directory(
+        files.weights, files.vision_model, max_seq_len
+    )
+    check_size("dim", dim, model.config.dim, files.weights)
+    check_size("n_layers", n_layers, model.config.n_layers, files.weights)
+    # An exported tokenizer also holds <image>.
+    if model.config.vocab_size not in (vocab_size, vocab_size - 1):
+        raise UserError(
+            f"{files.weights} knows {model.config.vocab_size} tokens but the tokenizer "
+            f"{files.tokenizer} has {vocab_size}: pass the --tokenizer it was trained with"
+        )
+    return model, image_processor
+
+
+def check_size(name: str, given: int | None, actual: int, path: Path) -> None:
+    """UserError where the user gives another size than the file has."""
+    if given is not None and given != actual:
+        raise UserError(f"--{name} is {given} but {path} has {name} {actual}: leave --{name} out")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device `name`; if not given, the GPU of any make that PyTorch finds, else the CPU."""
+    if name is None:
+        has_gpu = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device is {name}: choose cpu, cuda, cuda:1, mps or xpu") from error

@@ -1,4 +1,8 @@
-"""Smaller weights for decoding on a CPU: a token costs one pass over all weights, so bytes are time."""
+"""Quantized weights for decoding on a CPU.
+
+A token costs one pass over all weights, and reading them from memory is what takes the time. So
+half the bytes make it nearly twice as fast.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +10,19 @@ from torch import nn
 
 from model.model_lm import MiniMindLM
 
-FEW_ROWS = 8  # up to here a product is bound by reading the weights
+# Up to this number of rows a product takes as long as reading the weights.
+FEW_ROWS = 8
 
 
 class WeightOnlyLinear(nn.Module):
-    """A frozen linear layer without bias in `float16`, or in `int8` with one scale for each output.
+    """A frozen linear layer without bias whose weights are float16, or int8 with scales.
 
-    A few rows (decoding) go through torch's kernel for the format; many (a prompt) through the weights made float again.
+    A few rows (decoding) go through torch's kernel for the dtype; for many rows (a prompt) the
+    weights are turned into floats again.
+
+    Args:
+        linear: the layer whose weights are quantized.
+        dtype: "float16" or "int8"; int8 has one scale for each output.
     """
 
     def __init__(self, linear: nn.Linear, dtype: str):
@@ -23,6 +33,7 @@ class WeightOnlyLinear(nn.Module):
             scale = torch.ones(len(weight), 1)
             quantized = weight.half()
         else:
+            # A row of zeros has no scale of its own.
             scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127  # (out, 1)
             quantized = (weight / scale).round().to(torch.int8)
         self.register_buffer("quantized", quantized)
@@ -30,28 +41,23 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("kernel_scale", scale[:, 0].bfloat16())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float[..., in] -> float[..., out]."""
         if x[..., 0].numel() > FEW_ROWS:
             return F.linear(x, self.quantized.to(x.dtype) * self.scale.to(x.dtype))
         if self.dtype == "float16":
             return F.linear(x.half(), self.quantized).to(x.dtype)
-        product = torch._weight_int8pack_mm(
-            x.flatten(0, -2).bfloat16(), self.quantized, self.kernel_scale
-        )  # (rows, out)
-        return product.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def count_weights(model: MiniMindLM) -> int:
-    """Learned numbers, in whatever dtype they are kept, without the vision encoder. The head is the embeddings."""
-    return sum(
-        tensor.numel()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not name.startswith(("vision_encoder.", "output."))
-        and name.endswith(("weight", "bias", "quantized"))
-    )
+        rows = x.flatten(0, -2).bfloat16()  # (rows, in)
+        product = torch._weight_int8pack_mm(rows, self.quantized, self.kernel_scale)  # (rows, out)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)  # (..., out)
 
 
 def quantize(model: MiniMindLM, dtype: str) -> None:
-    """Keep the linear layers of the language model, and its head, in `dtype`: float16 or int8 (float32 leaves them alone)."""
+    """Replace the linear layers of the language model, and its output head.
+
+    Args:
+        model: is changed in place; vision encoder, embeddings and norms stay as they are.
+        dtype: "float16" or "int8"; "float32" changes nothing.
+    """
     if dtype == "float32":
         return
     for module in list(model.layers.modules()):
@@ -59,3 +65,17 @@ def quantize(model: MiniMindLM, dtype: str) -> None:
             if isinstance(child, nn.Linear):
                 setattr(module, name, WeightOnlyLinear(child, dtype))
     model.output = WeightOnlyLinear(model.output, dtype)
+
+
+def count_weights(model: MiniMindLM) -> int:
+    """Number of weights of any dtype, without the vision encoder.
+
+    The output head does not count: its weights are the embeddings.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return sum(
+        tensor.numel()
+        for name, tensor in tensors.items()
+        if not name.startswith(("vision_encoder.", "output."))
+        and name.endswith(("weight", "bias", "quantized"))
+    )

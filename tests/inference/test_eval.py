@@ -1,7 +1,10 @@
 """eval_vlm.py and the web page as a user starts them."""
 
+import importlib.util
 import json
 import os
+import re
+import sys
 import time
 import urllib.request
 import zipfile
@@ -9,62 +12,52 @@ import zipfile
 import pytest
 import torch
 
+import web_demo_vlm
 from common.errors import UserError
 from inference.chat import Chat
-from inference.evaluate import Question, _shuffle_images, accuracy
+from inference.evaluate import Question, measure_accuracy, shuffle_images
 from model.llava import to_llava
-from model.weights import save_atomically, weights_to_save
+from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
     TOKENIZER,
+    assistant,
     free_port,
     picture,
+    run_cold,
     run_script,
     small_image_processor,
     small_model,
     start_script,
+    user,
     write_rows,
 )
 
 
 @pytest.fixture(scope="module")
 def setup(vision_dir, tmp_path_factory):
-    """A folder with weights of all three modes, two pictures, a pair of pictures; and the flags that use it."""
+    """A folder with published weights of all modes and some pictures; and the flags that use it."""
     folder = tmp_path_factory.mktemp("eval")
     model = small_model(n_heads=2)
     for name in ("pretrain_vlm", "sft_vlm", "sft_vlm_multi"):
-        save_atomically(weights_to_save(model), folder / f"{name}_64.pth")
+        save_atomically(select_weights(model), folder / f"{name}_64.pth")
     (folder / "pictures/pair").mkdir(parents=True)
     for name in ("a.png", "b.png", "pair/0.png", "pair/1.png"):
         picture(len(name)).save(folder / "pictures" / name)
-    flags = [
-        "--out_dir",
-        folder,
-        "--dim",
-        "64",
-        "--n_layers",
-        "2",
-        "--tokenizer",
-        TOKENIZER,
-        "--vision_model",
-        vision_dir,
-    ]
+    flags = ["--out_dir", folder, "--tokenizer", TOKENIZER, "--vision_model", vision_dir]
     return folder, [*flags, "--device", "cpu", "--max_new_tokens", "8"]
+
+
+def answers_in(printed: str) -> list[str]:
+    """What stands between the names of the pictures and the speed."""
+    return re.findall(r"^\[.*?\]\n(.*?)\n\([0-9.]+ tokens/s", printed, re.M | re.S)
 
 
 @pytest.mark.parametrize("mode", ["0", "1"])
 def test_every_picture_of_a_folder(setup, mode):
     folder, flags = setup
     (folder / "pictures/broken.jpg").write_bytes(b"nothing")
-    finished = run_script(
-        "eval_vlm.py",
-        "--load",
-        "0",
-        "--model_mode",
-        mode,
-        *flags,
-        "--images_dir",
-        folder / "pictures",
-    )
+    mode = ["--load", "0", "--model_mode", mode]
+    finished = run_script("eval_vlm.py", *mode, *flags, "--images_dir", folder / "pictures")
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("tokens/s, first token after") == 2
     assert "[a.png]" in finished.stdout and "skipped: image damaged" in finished.stdout
@@ -84,13 +77,26 @@ def test_multi_image_mode_asks_about_a_folder_at_once(setup):
 
 def test_images_and_prompt_by_flag(setup):
     folder, flags = setup
-    pictures = ["--image", folder / "pictures/a.png", "--image", folder / "pictures/b.png"]
+    pictures = ["--image", folder / "pictures/a.png", folder / "pictures/b.png"]
     finished = run_script("eval_vlm.py", *flags, *pictures, "--prompt", "What changes?")
-    assert (
-        finished.returncode == 0
-        and "[a.png, b.png]" in finished.stdout
-        and "Traceback" not in finished.stdout
+    assert finished.returncode == 0, finished.stdout
+    assert "[a.png, b.png]" in finished.stdout and "Traceback" not in finished.stdout
+
+
+def test_a_model_of_any_name_is_asked_by_its_path(setup, vision_dir, tmp_path):
+    """Sizes, tokenizer and vision encoder come from the JSON that training leaves."""
+    save_weights(
+        small_model(n_layers=1),
+        tmp_path / "mine_64.pth",
+        tokenizer=str(TOKENIZER),
+        vision_model=str(vision_dir),
     )
+    weights, image = tmp_path / "mine_64.pth", setup[0] / "pictures/a.png"
+    ask = ["--image", image, "--prompt", "What?", "--device", "cpu", "--temperature", "0"]
+    finished = run_script("eval_vlm.py", "--weights", weights, *ask, "--max_new_tokens", "8")
+    assert finished.returncode == 0 and len(answers_in(finished.stdout)) == 1, finished.stdout
+    hinted = run_script("eval_vlm.py", "--out_dir", tmp_path, *ask)
+    assert f"but mine_64.pth: pass --weights {weights}" in hinted.stdout
 
 
 def test_a_picture_asked_for_by_name_has_to_be_readable(setup):
@@ -106,7 +112,8 @@ def test_a_picture_asked_for_by_name_has_to_be_readable(setup):
 
 def test_chat_keeps_the_picture(setup):
     folder, flags = setup
-    typed = f"What?\n/image {folder}/pictures/b.png\nAnd now?\n/image nothing.png\n/help\nhm\n/new\nhello\n/exit\n"
+    typed = f"What?\n/image {folder}/pictures/b.png\nAnd now?\n/image nothing.png\n/help\nhm\n"
+    typed += "/new\nhello\n/exit\n"
     finished = run_script(
         "eval_vlm.py", *flags, "--chat", "--image", folder / "pictures/a.png", input=typed
     )
@@ -119,10 +126,7 @@ def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
     chat = Chat(model, processor)
     first = "".join(chat.ask("What?", [picture(1)], temperature=0, max_new_tokens=6))
     second = "".join(chat.ask("And <image> this?", [picture(2)], temperature=0, max_new_tokens=6))
-    turns = [
-        {"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": first},
-        {"role": "user", "content": "And <image> this?"},
-    ]  # fmt: skip
+    turns = [user("<image>\nWhat?"), assistant(first), user("And <image> this?")]
     input_ids = processor.encode_prompt(turns, 2)
     tokens = model.generate(
         input_ids, processor.preprocess([picture(1), picture(2)]), temperature=0, max_new_tokens=6
@@ -172,14 +176,8 @@ def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
         tmp_path / "rows.jsonl",
         [{"image": name, "conversations": turns} for name in ("a.png", "b.png", "cut.png")],
     )
-    data = [
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--images_path",
-        tmp_path / "pictures.zip",
-        "--save_report",
-        tmp_path / "r.json",
-    ]
+    data = ["--data", tmp_path / "rows.jsonl", "--images_path", tmp_path / "pictures.zip"]
+    data += ["--save_report", tmp_path / "r.json"]
     finished = run_script("eval_vlm.py", *flags, *data)
     assert finished.returncode == 0 and "not asked: 2 image damaged" in finished.stdout, (
         finished.stdout
@@ -200,67 +198,107 @@ def test_exact_answers_look_at_words_only():
         question("red circle", "red"),
         question("2", "2", "count"),
     ]
-    assert accuracy(questions) == {"overall": 0.75, "color": 2 / 3, "count": 1.0}
+    assert measure_measure_accuracy(questions) == {"overall": 0.75, "color": 2 / 3, "count": 1.0}
 
 
 def test_wrong_images_are_anothers_and_as_many():
     images = [["a"], ["b"], ["c", "d"], ["e"], ["f", "g"], []]
-    shuffled = _shuffle_images(images, seed=0)
+    shuffled = shuffle_images(images, seed=0)
     assert [len(group) for group in shuffled] == [len(group) for group in images]
     assert all(new != old for new, old in zip(shuffled[:5], images[:5])) and sorted(
         map(str, shuffled)
     ) == sorted(map(str, images))
 
 
-def test_load_1_reads_a_transformers_directory(setup, vision_dir, tokenizer, tmp_path):
+def test_load_1_reads_a_transformers_directory(setup, tmp_path):
     folder, flags = setup
     model = small_model(n_heads=8)
     to_llava(model).save_pretrained(tmp_path / "llava")
     small_image_processor().save_pretrained(tmp_path / "llava")
-    published = (
-        tmp_path / "MiniMind2-V"
-    )  # own key names, a config of its own type, code that must not run
+
+    # as published: our own key names, a config of its own type, code that must not run
+    published = tmp_path / "MiniMind2-V"
     published.mkdir()
-    torch.save(weights_to_save(model), published / "pytorch_model.bin")
+    torch.save(select_weights(model), published / "pytorch_model.bin")
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 672, "max_seq_len": 512}
     config = {"model_type": "minimind-v", "auto_map": {"AutoConfig": "evil.Config"}} | sizes
     (published / "config.json").write_text(json.dumps(config))
+
     ask = ["--image", folder / "pictures/a.png", "--prompt", "What?", "--temperature", "0"]
-    answers = [run_script("eval_vlm.py", *flags, *ask).stdout.splitlines()[2]]
+    answers = []
     for directory in (tmp_path / "llava", published):
-        finished = run_script(
-            "eval_vlm.py", "--load", "1", "--transformers_dir", directory, *flags, *ask
-        )
+        load = ["--load", "1", "--transformers_dir", directory]
+        finished = run_script("eval_vlm.py", *load, *flags, *ask)
         assert finished.returncode == 0, finished.stdout
-        answers.append(finished.stdout.splitlines()[2])
-    assert answers[0] == answers[1] == answers[2] != ""
+        answers += answers_in(finished.stdout)
+    assert len(answers) == 2 and answers[0] == answers[1] != ""
+    too_long = run_script("eval_vlm.py", *load, *flags, *ask, "--max_seq_len", "30")
+    assert "but the model takes 30 (--max_seq_len)" in too_long.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--model_mode", "0", "--dim", "512"], "error: no weights at"),
-        (
-            ["--n_layers", "3"],
-            "is of dim 64 with 2 layers, not of dim 64 with 3: pass --dim 64 --n_layers 2",
-        ),
-        (["--images_dir", "nowhere"], "error: no folder nowhere: put pictures there"),
-        (
-            ["--load", "1", "--transformers_dir", "nowhere"],
-            "error: no transformers directory at nowhere",
-        ),
+        (["--n_layers", "3"], "sft_vlm_64.pth has n_layers 2: leave --n_layers out"),
+        (["--weights", "{folder}/sft_vlm_64.pth", "--dim", "128"], "--dim is 128 but "),
         (["--device", "cuda:7"], "error: --device cuda:7 cannot be used"),
     ],
 )
 def test_mistakes_cost_one_line(setup, changes, message):
-    finished = run_script("eval_vlm.py", *setup[1], *changes)
+    folder, flags = setup
+    changes = [change.format(folder=folder) for change in changes]
+    finished = run_script("eval_vlm.py", *flags, *changes)
     assert finished.returncode == 2 and message in finished.stdout.splitlines()[-1], finished.stdout
+
+
+MISTAKES = {
+    "--model_mode 0 --dim 512": "no weights at",
+    "--out_dir nowhere": "no weights at nowhere",
+    "--weights nowhere.pth": "no weights at nowhere.pth",
+    "--weights int8": "the number format is --dtype int8",
+    "--model_mode 3": "--model_mode is 3: choose from 0, 1, 2",
+    "--load 2": "--load is 2: choose from 0, 1",
+    "--top_p 0": "--top_p is 0.0: it has to be above 0",
+    "--load 1 --transformers_dir nowhere": "no transformers directory at nowhere",
+    "--tokenizer nowhere": "no tokenizer in nowhere",
+    "--vision_model nowhere": "no CLIP in nowhere",
+}
+MISTAKES_OF_EVAL = {
+    "--images_dir nowhere": "no folder nowhere: put pictures there",
+    "--image nowhere.png": "no picture nowhere.png",
+    "--data nowhere.jsonl": "nowhere.jsonl",
+    "--batch_size 0": "--batch_size is 0: it has to be at least 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "mistakes"), [("eval_vlm", MISTAKES | MISTAKES_OF_EVAL), ("web_demo_vlm", MISTAKES)]
+)
+def test_what_is_missing_is_said_before_pytorch_is_imported(setup, script, mistakes):
+    """All in one process, which ends with the names of the large packages it has imported."""
+    flags = [str(flag) for flag in setup[1]]
+    program = f"""
+import sys
+import {script}
+from common.errors import UserError
+for mistake in {list(mistakes)!r}:
+    sys.argv = ["x", *{flags!r}, *mistake.split()]
+    try:
+        {script}.main()
+    except UserError as error:
+        print(error)
+print(sorted({{"torch", "transformers", "streamlit", "PIL", "pyarrow"}} & sys.modules.keys()))
+"""
+    printed = run_cold("-c", program).stdout.splitlines()
+    assert printed[-1] == "[]" and len(printed) == len(mistakes) + 1, printed
+    for line, message in zip(printed, mistakes.values()):
+        assert message in line
 
 
 def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
     _, flags = setup
     port = free_port()
-    flags = [str(flag) for flag in flags if flag not in ("--max_new_tokens", "8")]
+    flags = [str(flag) for flag in flags]
     server = start_script("web_demo_vlm.py", "--port", port, *flags, start_new_session=True)
     try:
         for _ in range(300):
@@ -275,38 +313,39 @@ def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
         else:
             pytest.fail("no answer from the page")
         listening = open("/proc/net/tcp").read().splitlines()[1:]
-        addresses = {
-            line.split()[1].split(":")[0]
-            for line in listening
-            if line.split()[1].endswith(f":{port:04X}")
-        }
+        local = [line.split()[1].split(":") for line in listening]
+        addresses = {address for address, its_port in local if its_port == f"{port:04X}"}
         assert addresses <= {"0100007F"}, "listens beyond this machine"
     finally:
         os.killpg(server.pid, 15)
         server.wait(timeout=20)
 
 
+def test_the_web_page_needs_streamlit(setup, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["web_demo_vlm.py", *map(str, setup[1])])
+    monkeypatch.delitem(sys.modules, "streamlit", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the web page needs Streamlit: pip install streamlit"):
+        web_demo_vlm.main()
+
+
 def test_the_web_page_answers_and_shows_errors(setup):
     from streamlit.testing.v1 import AppTest
 
+    def open_page(*flags) -> AppTest:
+        argv = ["web_demo_vlm.py", *map(str, flags)]
+        program = f"import sys\nsys.argv = {argv!r}\nimport web_demo_vlm\nweb_demo_vlm.main()\n"
+        return AppTest.from_string(program, default_timeout=60).run()
+
     _, flags = setup
-    flags = [str(flag) for flag in flags if flag not in ("--max_new_tokens", "8")]
-    script = "import sys\nsys.argv = {argv!r}\nimport web_demo_vlm\nweb_demo_vlm.page(web_demo_vlm.parse_args())\n"
-    page = AppTest.from_string(
-        script.format(argv=["web_demo_vlm.py", *flags]), default_timeout=60
-    ).run()
+    page = open_page(*flags)
     assert not page.exception and page.title[0].value == "MiniMind-V"
-    page.sidebar.slider[2].set_value(16).run()
+    assert page.sidebar.slider[2].value == 8, "sliders begin with what the flags say"
+    page.sidebar.slider[2].set_value(24).run()
     page.chat_input[0].set_value("What color?").run()
-    assert not page.exception and [message.name for message in page.chat_message] == [
-        "user",
-        "assistant",
-    ]
+    assert not page.exception
+    assert [message.name for message in page.chat_message] == ["user", "assistant"]
     page.chat_input[0].set_value("And now?").run()
-    assert [message.name for message in page.chat_message] == ["user", "assistant"] * 2, (
-        "the conversation goes on"
-    )
-    broken = AppTest.from_string(
-        script.format(argv=["web_demo_vlm.py", *flags, "--dim", "128"]), default_timeout=60
-    ).run()
-    assert "no weights at" in broken.error[0].value
+    roles = [message.name for message in page.chat_message]
+    assert roles == ["user", "assistant"] * 2, "the conversation goes on"
+    assert "no weights at" in open_page(*flags, "--dim", "128").error[0].value

@@ -1,0 +1,133 @@
+"""What eval_vlm.py and web_demo_vlm.py can be told, typed and explained in one place."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.errors import UserError
+from common.flags import check_options, option
+from model.files import TOKENIZER_PATH, VISION_MODEL_PATH, WEIGHTS_NAMES
+
+DTYPES = ("float32", "float16", "int8")
+IMAGE_CHOICES = ("right", "wrong", "none")
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Which model is asked, and how it answers; each field is a flag of both scripts."""
+
+    # Which model: the sizes that are not given are read off the weights.
+    weights: str | None = option(
+        None,
+        "the model: a .pth file, a folder of them, or a transformers directory; if not given, "
+        "--load, --out_dir and --model_mode name it",
+        group="model",
+    )
+    load: int = option(
+        0, "0: the file OUT_DIR/NAME_DIM.pth; 1: the directory --transformers_dir", least=0
+    )
+    model_mode: int = option(
+        1,
+        "NAME of that file; 0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi (several images)",
+        least=0,
+    )
+    out_dir: str = option("out", "folder of that file")
+    transformers_dir: str = option("MiniMind2-V", "directory that --load 1 reads")
+    dim: int | None = option(
+        None, "width of the language model; read off the weights if not given", least=2
+    )
+    n_layers: int | None = option(
+        None, "number of transformer layers; read off the weights if not given", least=1
+    )
+    max_seq_len: int | None = option(
+        None,
+        "most tokens of prompt and answer together, 196 for each image; that of the model if not "
+        "given",
+        least=1,
+    )
+    tokenizer: str | None = option(
+        None,
+        "folder of the tokenizer; if not given, the one the model was trained with, or "
+        f"{TOKENIZER_PATH}",
+    )
+    vision_model: str | None = option(
+        None,
+        "folder of the CLIP vision encoder; if not given, the one the model was trained with, or "
+        f"{VISION_MODEL_PATH}",
+    )
+    dtype: Literal["float32", "float16", "int8"] = option(
+        "float32",
+        "number format of the language model's weights; the small ones answer faster, on a CPU",
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, mps, xpu; a GPU if there is one, if not given"
+    )
+
+    # How it answers.
+    temperature: float = option(
+        0.65,
+        "0 takes the likeliest token; larger numbers give rarer ones a chance",
+        least=0,
+        group="answers",
+    )
+    top_p: float = option(
+        0.85,
+        "choose from the likeliest tokens that hold this probability together; 1 takes all",
+        least=0,
+    )
+    max_new_tokens: int = option(512, "longest answer, in tokens", least=1)
+
+    def __post_init__(self):
+        check_options(self)
+        if self.load > 1:
+            raise UserError(f"--load is {self.load}: choose from 0, 1")
+        if self.model_mode not in WEIGHTS_NAMES:
+            modes = ", ".join(map(str, WEIGHTS_NAMES))
+            raise UserError(f"--model_mode is {self.model_mode}: choose from {modes}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p is {self.top_p}: it has to be above 0 and at most 1")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of `generate`."""
+        names = ("temperature", "top_p", "max_new_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class EvalConfig(AskConfig):
+    """Options of eval_vlm.py."""
+
+    image: list[str] = option([], "pictures to ask about, all in one question", group="what to ask")
+    prompt: str | None = option(
+        None, "the question; a request for a description, in Chinese, if not given"
+    )
+    chat: bool = option(
+        False, "type questions; /image FILE adds a picture, /new starts anew, /exit ends"
+    )
+    images_dir: str | None = option(
+        None,
+        "ask about each picture of this folder (dataset/eval_images if not given), or with "
+        "--model_mode 2 about each folder of pictures in it (dataset/eval_multi_images)",
+    )
+    data: list[str] = option(
+        [],
+        "rows with known answers, .jsonl or .parquet: measures loss and exact answers",
+        group="what to measure",
+    )
+    images_path: list[str] = option(
+        [], "folder or .zip of the images that --data names: one for all files, or one for each"
+    )
+    show_images: Literal["right", "wrong", "none"] = option(
+        "right", "give each row of --data its images, those of another row, or none"
+    )
+    batch_size: int = option(32, "questions of --data that are answered together", least=1)
+    save_report: str | None = option(
+        None, "write scores and answers of --data to this JSON file; no file if not given"
+    )
+
+
+@dataclass(frozen=True)
+class WebConfig(AskConfig):
+    """Options of web_demo_vlm.py; the page begins with these for an answer, and can change them."""
+
+    port: int = option(8000, "port on this machine", least=1, group="page")

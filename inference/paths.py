@@ -1,0 +1,160 @@
+"""Which files a model is loaded from; nothing heavy is imported here.
+
+So a missing file is named before PyTorch is imported, which takes seconds.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import MissingFileError, UserError
+from inference.config import DTYPES, AskConfig
+from model.files import (
+    TOKENIZER_PATH,
+    VISION_MODEL_PATH,
+    WEIGHTS_NAMES,
+    find_tokenizer,
+    find_vision_model,
+    find_weights,
+    read_info,
+    weights_path,
+)
+
+DEFAULT_DIM = 512
+# What a folder of weights is searched for, the best first.
+PREFERRED_NAMES = [WEIGHTS_NAMES[mode] for mode in (1, 2, 0)]
+
+
+class ModelFiles(NamedTuple):
+    """The parts of a model on disk."""
+
+    weights: Path  # a .pth file, or a transformers directory
+    info: dict  # what the JSON beside a .pth file says
+    tokenizer: Path
+    vision_model: Path | None  # None: it is in the directory itself
+
+
+def find_model(config: AskConfig) -> dict[str, Any]:
+    """The arguments of `load_vlm` that the flags mean. MissingFileError where a file is missing."""
+    names = ("tokenizer", "vision_model", "dim", "n_layers", "max_seq_len", "device", "dtype")
+    options = {name: getattr(config, name) for name in names}
+    weights = choose_weights(config)
+    find_model_files(weights, config.tokenizer, config.vision_model, config.dim)
+    return {"weights": weights, **options}
+
+
+def choose_weights(config: AskConfig) -> Path:
+    """The path that --weights names, or --load, --out_dir and --model_mode, and --dim if given."""
+    if config.weights is not None:
+        if config.weights in DTYPES and not Path(config.weights).exists():
+            raise UserError(
+                f"--weights names a file, but there is no {config.weights}: the number format is "
+                f"--dtype {config.weights}"
+            )
+        return Path(config.weights)
+    if config.load == 1:
+        folder = Path(config.transformers_dir)
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(
+                f"no transformers directory at {folder}: fetch it with "
+                f"`hf download jingyaogong/MiniMind2-V --local-dir {folder}`"
+            )
+        return folder
+    folder, name = Path(config.out_dir), WEIGHTS_NAMES[config.model_mode]
+    found = find_by_name(folder, name, config.dim)
+    if found is not None:
+        return found
+    path = weights_path(folder, name, config.dim or DEFAULT_DIM)
+    others = list_models(folder)
+    if others:
+        raise MissingFileError(
+            f"no weights at {path}, but {', '.join(file.name for file in others)}: "
+            f"pass --weights {others[0]}"
+        )
+    return find_weights(path)
+
+
+def find_model_files(
+    weights: str | Path,
+    tokenizer: str | Path | None = None,
+    vision_model: str | Path | None = None,
+    dim: int | None = None,
+) -> ModelFiles:
+    """Find all that a model is loaded from. MissingFileError where a part is missing.
+
+    Arguments come first, then what the model brings along, then the published folders.
+
+    Args:
+        weights: a .pth file, a folder of them, or a transformers directory.
+        tokenizer: folder of the tokenizer.
+        vision_model: folder of the CLIP vision encoder.
+        dim: width of the model, if a folder has several.
+    """
+    path = Path(weights)
+    if (path / "config.json").is_file():
+        own_tokenizer = path if (path / "tokenizer.json").is_file() else None
+        if not is_llava(path):
+            vision_model = find_vision_model(vision_model or VISION_MODEL_PATH)
+        else:
+            vision_model = None
+        folder = find_tokenizer(tokenizer or own_tokenizer or TOKENIZER_PATH)
+        return ModelFiles(path, {}, folder, vision_model)
+
+    path = choose_in_folder(path, dim) if path.is_dir() else find_weights(path)
+    info = read_info(path)
+    return ModelFiles(
+        path,
+        info,
+        find_tokenizer(tokenizer or info.get("tokenizer") or TOKENIZER_PATH),
+        find_vision_model(vision_model or info.get("vision_model") or VISION_MODEL_PATH),
+    )
+
+
+def choose_in_folder(folder: Path, dim: int | None) -> Path:
+    """The model in a folder of weights: SFT, multi-image SFT, pretrained, else the newest."""
+    for name in PREFERRED_NAMES:
+        found = find_by_name(folder, name, dim)
+        if found is not None:
+            return found
+    models = [path for path in list_models(folder) if dim is None or path.stem.endswith(f"_{dim}")]
+    if not models:
+        wanted = "*.pth" if dim is None else f"*_{dim}.pth"
+        raise MissingFileError(
+            f"{folder} has no weights of a model that sees ({wanted}): train one first, or fetch "
+            "the published ones with `python -m scripts.download weights-512`"
+        )
+    return max(models, key=lambda path: path.stat().st_mtime)
+
+
+def find_by_name(folder: Path, name: str, dim: int | None) -> Path | None:
+    """NAME_DIM.pth in a folder; None if there is none.
+
+    If `dim` is not given and there are several, it is that of dim 512; UserError if there is no
+    such file among them.
+    """
+    paths = {
+        int(match[1]): path
+        for path in sorted(folder.glob(f"{name}_*.pth"))
+        if (match := re.fullmatch(rf"{name}_(\d+)", path.stem))
+    }
+    if dim is not None:
+        return paths.get(dim)
+    if len(paths) > 1 and DEFAULT_DIM not in paths:
+        names = ", ".join(path.name for path in paths.values())
+        raise UserError(f"{folder} has {names}: pass --dim to say which")
+    return paths.get(DEFAULT_DIM) or next(iter(paths.values()), None)
+
+
+def list_models(folder: Path) -> list[Path]:
+    """The weights in a folder; lm_512.pth and the like are left out, for they have no eyes."""
+    return [path for path in sorted(folder.glob("*.pth")) if not path.name.startswith("lm_")]
+
+
+def is_llava(folder: Path) -> bool:
+    """Whether a transformers directory holds a LLaVA, which brings its own vision encoder."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == "llava"
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): fetch the directory again") from error

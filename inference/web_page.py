@@ -1,0 +1,128 @@
+"""The web page that web_demo_vlm.py shows: a dialogue about uploaded pictures.
+
+Streamlit runs `show_page` again for each click of a visitor; what has to last is in
+`st.session_state`.
+"""
+
+import streamlit as st
+
+from common.errors import UserError
+from inference import VLM, load_vlm
+from inference.chat import Chat
+from inference.config import WebConfig
+from inference.paths import find_model
+from model.image import load_image
+
+MAX_PICTURES = 8  # of a conversation
+PICTURE_TYPES = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff"]
+
+# All visitors share the model; conversations are not shared.
+load_once = st.cache_resource(load_vlm, show_spinner="Loading the model …")
+
+
+def show_page(config: WebConfig) -> None:
+    """Draw the page, and answer the question if there is a new one."""
+    st.set_page_config(page_title="MiniMind-V", page_icon="👁️")
+    st.title("MiniMind-V")
+    st.caption(
+        "A small vision-language model. Add one or several pictures on the left, then ask about "
+        "them."
+    )
+    try:
+        vlm = load_once(**find_model(config))
+    except UserError as error:
+        st.error(str(error))
+        return
+    state = st.session_state
+    if "chat" not in state:
+        start_conversation(vlm)
+
+    # on the left: pictures and options
+    with st.sidebar:
+        uploads = st.file_uploader(
+            f"Pictures (up to {MAX_PICTURES})",
+            type=PICTURE_TYPES,
+            accept_multiple_files=True,
+            key=f"uploads-{state.conversation}",
+        )
+        sampling = choose_sampling(config)
+        if st.button("New conversation", width="stretch"):
+            start_conversation(vlm)
+            st.rerun()
+
+    # the pictures
+    pictures = read_uploads(uploads)
+    if not state.seen <= {file_id for file_id, _, _ in pictures}:
+        state.chat, state.seen = vlm.start_chat(), set()
+        st.info("A picture of the conversation was taken away, so it starts anew.")
+    if pictures:
+        shown, names = [picture for _, _, picture in pictures], [name for _, name, _ in pictures]
+        st.image(shown, width=160, caption=names)
+
+    # the conversation so far
+    for turn in state.chat.turns:
+        text = turn["content"].replace("<image>\n", "").replace("<image>", "")
+        st.chat_message(turn["role"]).write(text)
+
+    # the new question
+    prompt = st.chat_input("Ask about the pictures")
+    if prompt:
+        st.chat_message("user").write(prompt)
+        new_pictures = [picture for file_id, _, picture in pictures if file_id not in state.seen]
+        with st.chat_message("assistant"):
+            if show_answer(state.chat, prompt, new_pictures, sampling):
+                state.seen = {file_id for file_id, _, _ in pictures}
+
+
+def start_conversation(vlm: VLM) -> None:
+    """Forget turns and pictures."""
+    state = st.session_state
+    state.chat = vlm.start_chat()
+    state.seen = set()  # ids of uploads the model has seen
+    state.conversation = state.get("conversation", 0) + 1
+
+
+def choose_sampling(config: WebConfig) -> dict[str, float]:
+    """Three sliders, which begin with what the flags say."""
+    temperature, top_p, longest = config.temperature, config.top_p, config.max_new_tokens
+    help = "0 always takes the likeliest word."
+    return {
+        "temperature": st.slider(
+            "Temperature", 0.0, max(1.5, temperature), temperature, 0.05, help=help
+        ),
+        "top_p": st.slider("Top-p", min(0.05, top_p), 1.0, top_p, 0.05),
+        "max_new_tokens": st.slider(
+            "Longest answer (tokens)", min(16, longest), max(1024, longest), longest, 16
+        ),
+    }
+
+
+def read_uploads(uploads: list) -> list[tuple]:
+    """(id, name, picture) of each upload; a line on the page for one that is no picture."""
+    pictures = []
+    for upload in uploads[:MAX_PICTURES]:
+        try:
+            pictures.append((upload.file_id, upload.name, load_image(upload)))
+        except UserError as error:
+            st.error(f"{upload.name}: {error.args[0]}")
+    if len(uploads) > MAX_PICTURES:
+        st.warning(f"{len(uploads)} pictures: only the first {MAX_PICTURES} are used.")
+    return pictures
+
+
+def show_answer(chat: Chat, prompt: str, pictures: list, sampling: dict[str, float]) -> bool:
+    """Stream the answer to the page; returns whether there is one.
+
+    Args:
+        chat: the conversation.
+        prompt: the question.
+        pictures: PIL images that are new to the conversation.
+        sampling: options of `generate`.
+    """
+    try:
+        st.write_stream(chat.ask(prompt, pictures, **sampling))
+    except UserError as error:
+        st.error(str(error))
+        return False
+    st.caption(f"{chat.tokens_per_second:.0f} tokens/s")
+    return True

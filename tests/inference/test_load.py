@@ -1,0 +1,164 @@
+"""`load_vlm`: a path is enough, and what does not fit together is named."""
+
+import doctest
+import json
+import os
+
+import pytest
+import torch
+
+from common.errors import BadSampleError, MissingFileError, UserError
+from inference import load_vlm
+from inference.load import choose_device
+from model.model_lm import MiniMindLM
+from model.weights import save_atomically, save_weights, select_weights
+from tests.helpers import TOKENIZER, picture, run_cold, small_model
+
+
+def save_described(model, path, vision_dir):
+    """Save weights as training does, with the JSON that says what they are."""
+    save_weights(model, path, tokenizer=str(TOKENIZER), vision_model=str(vision_dir))
+    return path
+
+
+@pytest.fixture(scope="module")
+def described(vision_dir, tmp_path_factory):
+    """A weights file of sizes that no default guesses, and the JSON beside it."""
+    model = small_model(n_heads=4, n_kv_heads=1, rope_theta=5000.0)
+    path = tmp_path_factory.mktemp("described") / "mine_64.pth"
+    return model, save_described(model, path, vision_dir)
+
+
+@pytest.fixture
+def parts(vision_dir):
+    """What a published file does not bring along."""
+    return {"tokenizer": TOKENIZER, "vision_model": vision_dir, "device": "cpu"}
+
+
+def test_the_example_of_the_docstring_runs(described, tmp_path, monkeypatch, capsys, vision_dir):
+    save_described(small_model(), tmp_path / "out/demo/sft_vlm_64.pth", vision_dir)
+    picture().save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    lines = [example.source for example in doctest.DocTestParser().get_examples(load_vlm.__doc__)]
+    assert len(lines) == 3
+    scope = {}
+    exec("".join(lines), scope)
+    assert len(capsys.readouterr().out) > 1
+    assert isinstance(scope["vlm"].ask("cat.jpg", "What is this?", max_new_tokens=3), str)
+
+
+def test_importing_the_package_does_not_import_pytorch():
+    finished = run_cold("-c", "import sys, inference\nprint('torch' in sys.modules)")
+    assert finished.stdout == "False\n"
+
+
+@torch.no_grad()
+def test_a_file_of_training_needs_its_path_only(described, processor):
+    model, path = described
+    vlm = load_vlm(path, device="cpu")
+    input_ids = processor.encode_prompt([{"role": "user", "content": "<image>\nWhat?"}], 1)
+    pixels = processor.preprocess([picture()])
+    assert torch.equal(vlm.model(input_ids, pixels).logits, model(input_ids, pixels).logits)
+    assert not vlm.model.training and vlm.weights == path
+
+
+def test_ask_takes_paths_pictures_lists_and_text(described, tmp_path):
+    vlm = load_vlm(described[1], device="cpu")
+    picture(1).save(tmp_path / "a.png")
+    options = {"temperature": 0, "max_new_tokens": 12}
+    answer = vlm.ask(tmp_path / "a.png", "What is this?", **options)
+    assert answer == vlm.ask(str(tmp_path / "a.png"), "What is this?", **options)
+    assert answer == vlm.ask(picture(1), "What is this?", **options)
+    assert answer == vlm.ask([picture(1)], "<image>\nWhat is this?", **options)
+    assert answer == "".join(vlm.ask(picture(1), "What is this?", stream=True, **options))
+    assert answer != vlm.ask([picture(1), picture(2)], "What is this?", **options)
+    assert answer != vlm.ask(None, "What is this?", **options)
+    with pytest.raises(BadSampleError, match="image missing"):
+        vlm.ask("nothing.png", "What is this?")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_sizes_of_a_published_file_are_read_off_it(tmp_path, parts, dtype):
+    model = small_model(dim=128, n_layers=3)
+    save_atomically(select_weights(model), tmp_path / "sft_vlm_128.pth")
+    vlm = load_vlm(tmp_path / "sft_vlm_128.pth", dtype=dtype, **parts)
+    assert vlm.model.config.n_layers == 3 and vlm.model.config.max_seq_len == 8192
+    options = {"temperature": 0, "max_new_tokens": 1}
+    assert isinstance(vlm.ask(picture(), "What is this?", **options), str)
+
+
+def test_a_folder_gives_its_best_model(tmp_path, parts):
+    weights = select_weights(small_model(n_heads=2))
+    names = ["lm_64", "mine_64", "pretrain_vlm_64", "sft_vlm_multi_64", "sft_vlm_64", "sft_vlm_512"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingFileError, match="has no weights of a model that sees"):
+        load_vlm(tmp_path / "empty", **parts)
+    save_atomically(weights, tmp_path / "lm_64.pth")
+    with pytest.raises(MissingFileError, match="has no weights of a model that sees"):
+        load_vlm(tmp_path, **parts)
+    for name in names[1:]:
+        save_atomically(weights, tmp_path / f"{name}.pth")
+        assert load_vlm(tmp_path, **parts).weights.stem == name
+    assert load_vlm(tmp_path, dim=64, **parts).weights.stem == "sft_vlm_64"
+
+
+def test_the_newest_of_other_names_is_taken_and_several_widths_are_asked_about(tmp_path, parts):
+    weights = select_weights(small_model(n_heads=2))
+    for age, name in enumerate(["new_64", "old_64"]):
+        save_atomically(weights, tmp_path / f"{name}.pth")
+        os.utime(tmp_path / f"{name}.pth", (1000 - age, 1000 - age))
+    assert load_vlm(tmp_path, **parts).weights.stem == "new_64"
+    for name in ("sft_vlm_64", "sft_vlm_128"):
+        save_atomically(weights, tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match=r"sft_vlm_128.pth, sft_vlm_64.pth: pass --dim"):
+        load_vlm(tmp_path, **parts)
+
+
+def test_contradictions_name_both_values(described, tmp_path, parts):
+    _, path = described
+    with pytest.raises(UserError, match=r"--dim is 512 but .*_64.pth has dim 64: leave --dim out"):
+        load_vlm(path, dim=512)
+    with pytest.raises(UserError, match=r"--n_layers is 3 but .* has n_layers 2: leave --n_layers"):
+        load_vlm(path, n_layers=3)
+    with pytest.raises(UserError, match="--dtype is int4: choose from float32, float16, int8"):
+        load_vlm(path, dtype="int4")
+    with pytest.raises(UserError, match="--dtype int8 is for the CPU, not for cuda"):
+        load_vlm(path, dtype="int8", device="cuda")
+    with pytest.raises(UserError, match="--device is gpu: choose cpu, cuda"):
+        load_vlm(path, device="gpu")
+    assert choose_device(None).type in ("cpu", "cuda", "mps", "xpu")
+    language_model = MiniMindLM(small_model().config)
+    save_atomically(language_model.state_dict(), tmp_path / "lm_64.pth")
+    with pytest.raises(UserError, match="a language model that has not learned to see"):
+        load_vlm(tmp_path / "lm_64.pth", **parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_kv_heads": 2}, "has n_kv_heads 1, but the model here has n_kv_heads 2"),
+        ({"n_image_tokens": 196}, "was trained with n_image_tokens 196, .* has n_image_tokens 9"),
+        ({"dim": "64"}, "has dim 64|damaged"),
+        ({"n_heads": "4"}, "is damaged .*: remove it, and pass --dim and --n_layers instead"),
+        ({"n_kv_head": 2}, "has no n_kv_head"),
+    ],
+)
+def test_an_edited_description_is_found_out(described, tmp_path, changes, message):
+    _, path = described
+    (tmp_path / "x_64.pth").write_bytes(path.read_bytes())
+    info = json.loads(path.with_suffix(".json").read_text())
+    info["config"] |= changes
+    (tmp_path / "x_64.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=message):
+        load_vlm(tmp_path / "x_64.pth", device="cpu")
+
+
+def test_a_prompt_beyond_max_seq_len_is_one_line(described):
+    vlm = load_vlm(described[1], max_seq_len=24, device="cpu")
+    with pytest.raises(UserError, match="tokens but the model takes 24") as error:
+        vlm.ask(picture(), "What is this? " * 5)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="30 tokens but max_seq_len is 24: shorten the prompt"):
+        vlm.model.generate(torch.full((1, 30), 50))
+    with pytest.raises(UserError, match="30 tokens are more than the model's max_seq_len of 24"):
+        vlm.model(torch.full((1, 30), 50))
