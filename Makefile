@@ -2,32 +2,37 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-DEMO_MODEL := --out_dir out/demo --dim 128 --n_layers 6 --tokenizer model/demo/tokenizer --vision_model model/demo/vision_model
+REQUIREMENTS := requirements.txt requirements-data.txt requirements-dev.txt
 
-.PHONY: setup demo test web bench clean
+.PHONY: setup demo test web bench docs clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt requirements-dev.txt
+$(VENV)/ready: $(REQUIREMENTS)
 	@echo "installing packages into $(VENV): 2 GB or more, some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
 	touch $@
 
 demo: setup
 	$(RUN) -m scripts.demo
 
+# One thread for each process: the tests run side by side on all cores.
 test: setup
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest
+	$(VENV)/bin/ruff format --check .
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical
 
 web:
 	@test -f out/demo/sft_vlm_128.pth || (echo "error: no demo model yet: run make demo first" && exit 2)
 	@$(MAKE) --no-print-directory setup
-	$(RUN) web_demo_vlm.py $(DEMO_MODEL)
+	$(RUN) web_demo_vlm.py --out_dir out/demo
 
 bench: setup
 	$(RUN) -m scripts.bench
+
+docs: setup
+	$(RUN) -m scripts.docs
 
 clean:
 	rm -rf out/demo $(VENV)

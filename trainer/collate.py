@@ -29,6 +29,7 @@ from common.files import hash_bytes, read_image_bytes
 from model.labels import IGNORE_INDEX, find_labels
 from model.model_vlm import find_image_tokens
 from trainer.feature_cache import FeatureCache
+from trainer.runtime import handle_signal
 from trainer.sampler import StepSampler
 
 # What the model's forward pass takes, but for the image features.
@@ -196,6 +197,6 @@ def make_loader(
 
 def _start_worker(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; workers go on until the main one has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    handle_signal(signal.SIGINT, signal.SIG_IGN)
+    handle_signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -99,10 +99,8 @@ def train(
                 or sampler.steps_left == 0
                 or (config.val_interval is not None and step % config.val_interval == 0)
             )
-            is_due = is_log_due or is_val_due or is_save_due or runtime.reads_every_step(step)
-            if not is_due:
-                # A GPU is not kept waiting.
-                continue
+            if not (is_log_due or is_val_due or is_save_due or runtime.reads_every_step(step)):
+                continue  # a GPU is not kept waiting
             last_loss, last_norm = report.read_losses()
             report.is_stopped = runtime.any_rank(runtime.stop.is_requested)
             if is_log_due:

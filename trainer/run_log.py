@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines, a loss curve, a progress bar, Weights & Biases if asked."""
+"""What a run leaves to read: JSON lines, a loss curve, a progress bar, W&B if asked."""
 
 import json
 import time

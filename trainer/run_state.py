@@ -29,7 +29,6 @@ from trainer.paths import find_init_weights, list_run_states, run_paths
 from trainer.runtime import Runtime
 from trainer.sampler import StepSampler
 
-
 SAVE_SECONDS = 60  # between saves, by default
 
 

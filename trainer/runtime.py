@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -33,23 +31,26 @@ class StopSignal:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Receive the signals during this block; a second Ctrl-C stops at once."""
-        # Python lets only the main thread handle signals; a notebook may train in another.
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = [handle_signal(number, self._receive) for number in numbers]
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for number, handler in zip(numbers, previous):
+                if handler is not None:
+                    handle_signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
         self.number, self.is_requested = number, True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle_signal(signal.SIGINT, signal.default_int_handler)
+
+
+def handle_signal(number: int, handler) -> object | None:
+    """signal.signal, or None where system or thread do not allow it (a notebook's threads)."""
+    try:
+        return signal.signal(number, handler)
+    except (ValueError, OSError):
+        return None
 
 
 @dataclass
@@ -139,6 +140,8 @@ class Runtime:
         if self.is_gpu:
             free, _ = torch.accelerator.get_memory_info(self.device)
             return free + torch.accelerator.memory_reserved(self.device)
+        import psutil
+
         return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def close(self) -> None:
@@ -147,16 +150,23 @@ class Runtime:
 
 
 def peak_process_memory() -> int:
-    """Largest memory of this process so far, in bytes."""
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
+    """Largest memory of this process so far, in bytes; 0 on a system that does not tell."""
     try:
         import resource
     except ImportError:
-        return memory.rss
+        # Windows.
+        return _peak_by_psutil()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak_by_psutil() -> int:
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def start_runtime(config: TrainConfig) -> Runtime:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import MissingFileError, UserError
+from model.files import info_path, read_info
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 from model.model_vlm import MiniMindVLM
-from model.weights import load_weights, read_weights, save_atomically, select_weights
+from model.weights import load_weights, read_weights, save_atomically, save_weights, select_weights
 from tests.helpers import small_model
 
 
@@ -144,3 +146,51 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, start, end
     path.write_bytes(start + content)
     with pytest.raises(UserError, match="is damaged or not a weights file|holds no state dict"):
         read_weights(path)
+
+
+def test_what_training_writes_beside_the_weights(tmp_path):
+    """All sizes, those that no shape shows too; a wrong one is named, with both values."""
+    model = small_model()
+    path = tmp_path / "sft_vlm_64.pth"
+    facts = {"tokenizer": "t", "vision_model": "v", "stage": "sft_vlm", "data": ["a.jsonl"]}
+    save_weights(model, path, **facts, step=3, val_loss=None)
+    info = read_info(path)
+    assert info.items() >= (facts | {"step": 3, "val_loss": None}).items()
+    assert info["config"].items() >= {"dim": 64, "n_layers": 2, "n_heads": 4}.items()
+    assert info["config"]["rope_theta"] == 1e6 and info["config"]["n_image_tokens"] == 9
+    again = LMConfig(**{name: info["config"][name] for name in model.config.language_sizes()})
+    assert again.language_sizes() == model.config.language_sizes()
+    load_weights(small_model(seed=1), read_weights(path), path)
+    # No weight depends on how long a sequence may be.
+    load_weights(small_model(seed=1, max_seq_len=64), read_weights(path), path)
+    for change, message in (
+        ({"rope_theta": 1e4}, "trained with rope_theta 1000000.0, but .* has rope_theta 10000.0"),
+        ({"n_kv_heads": 4}, "trained with n_kv_heads 2, but the model here has n_kv_heads 4"),
+        ({"n_heads": 2}, "trained with n_heads 4, but the model here has n_heads 2"),
+        ({"norm_eps": 1e-6}, "norm_eps 1e-05, but the model here has norm_eps 1e-06"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            load_weights(small_model(seed=1, **change), read_weights(path), path)
+        assert len(str(raised.value)) < 250
+
+    info_path(path).write_text("{")
+    with pytest.raises(UserError, match="sft_vlm_64.json is damaged"):
+        load_weights(small_model(), read_weights(path), path)
+    info_path(path).unlink()
+    with pytest.raises(UserError, match="has n_kv_heads 2, but the model here has n_kv_heads 4"):
+        load_weights(small_model(n_kv_heads=4), read_weights(path), path)
+    with pytest.raises(
+        UserError, match="has hidden_dim 192, but the model here has hidden_dim 128"
+    ):
+        load_weights(small_model(hidden_dim=128), read_weights(path), path)
+
+
+@pytest.mark.parametrize("config_class", [LMConfig, VLMConfig])
+def test_a_misspelt_size_is_an_error(config_class):
+    with pytest.raises(
+        UserError, match=f"{config_class.__name__} has no rope_thetta: it has .*dim"
+    ):
+        config_class(rope_thetta=1e4)
+    # What transformers writes into every config.json comes back without a complaint.
+    config = config_class(dim=64, n_layers=3)
+    assert config_class.from_dict(config.to_dict()).n_layers == 3
