@@ -1,8 +1,8 @@
-"""The rendered demo world: coloured shapes on a light ground, with exact ground truth and no download.
+"""The rendered demo world: colored shapes on a light ground, with exact ground truth, no download.
 
-A thing has three attributes (colour, shape, size) and a place. Of the 8 x 6 x 3 = 144 attribute combinations, 36 are
-*held out*: no training picture, no training text and no stand-in weight has ever met one, and held-out scenes are made
-of nothing else. See `is_held_out`.
+A thing has three attributes (color, shape, size) and a place. Of the 8 x 6 x 3 = 144 combinations
+of attributes, 36 are *held out*: no training picture, no training text and no weights of the demo
+have ever met one, and held-out scenes are made of nothing else. See `is_held_out`.
 """
 
 import math
@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 224
 PATCH_SIZE = 16
-GRID = IMAGE_SIZE // PATCH_SIZE  # 14 patches a side
-CELLS = 7  # words for places are coarser than patches: columns A-G, rows 1-7
+# Patches a side: 14.
+GRID = IMAGE_SIZE // PATCH_SIZE
+# Words for places are coarser than patches: columns A to G, rows 1 to 7.
+CELLS = 7
 MAX_THINGS = 4
 
 COLORS = {
@@ -28,12 +30,19 @@ COLORS = {
     "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": 13, "medium": 21, "large": 32}  # half the width, in pixels
+# Half the width of a thing of each size, in pixels.
+RADII = {"small": 13, "medium": 21, "large": 32}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn thing. `x`, `y` are its centre in pixels from the top left; `angle` is in degrees."""
+    """One drawn thing.
+
+    Args:
+        color, shape, size: a key of COLORS, one of SHAPES, a key of RADII.
+        x, y: its center, in pixels from the top left.
+        angle: how far it is turned, in degrees.
+    """
 
     color: str
     shape: str
@@ -48,7 +57,7 @@ class Thing:
 
     @property
     def patch(self) -> int:
-        """Index of the patch that holds the centre, 0 … 195, row by row."""
+        """Index of the patch that holds the center, 0 to 195, row by row."""
         return self.y // PATCH_SIZE * GRID + self.x // PATCH_SIZE
 
     @property
@@ -67,43 +76,59 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
+    """What a picture shows.
+
+    Args:
+        things: 1 to 4 of them, in reading order.
+        background: RGB of the ground.
+        jitter: seed of small color differences, so that the picture depends on the scene alone.
+    """
+
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
-    jitter: int  # seed of the small colour differences, so that drawing is a function of the scene alone
+    jitter: int
 
 
 def is_held_out(color: str, shape: str, size: str) -> bool:
     """Whether a combination is kept for evaluation.
 
-    A diagonal of the attribute cube: every colour, shape and size is still met in training with many partners, and
-    every (colour, shape) pair keeps at least two of its three sizes there.
+    A diagonal of the attribute cube: every color, shape and size is still met in training with many
+    partners, and every (color, shape) pair keeps at least two of its three sizes there.
     """
-    indices = list(COLORS).index(color) + SHAPES.index(shape) + list(SIZES).index(size)
+    indices = list(COLORS).index(color) + SHAPES.index(shape) + list(RADII).index(size)
     return indices % 4 == 0
 
 
 def combinations(held_out: bool) -> list[tuple[str, str, str]]:
-    every = [(color, shape, size) for color in COLORS for shape in SHAPES for size in SIZES]
+    """[(color, shape, size)] for training, or those that are held out."""
+    every = [(color, shape, size) for color in COLORS for shape in SHAPES for size in RADII]
     return [combination for combination in every if is_held_out(*combination) == held_out]
 
 
 def sample_scene(rng: random.Random, held_out: bool, n_things: int | None = None) -> Scene:
-    """A scene of 1-4 things that do not touch and have pairwise different (colour, shape)."""
+    """A scene of things that do not touch; no two have the same color and shape.
+
+    Args:
+        rng: source of every choice.
+        held_out: use only combinations that are held out, or only the others.
+        n_things: 1 to 4; at random if not given.
+    """
     pool = combinations(held_out)
     n_things = n_things or rng.choice((1, 2, 2, 3, 3, 4, 4))
     things: list[Thing] = []
     while len(things) < n_things:
+        # its attributes: look-alikes make counting and telling apart worth asking
         color, shape, size = rng.choice(pool)
-        if (
-            things and rng.random() < 0.35
-        ):  # look-alikes make counting and telling apart worth asking
+        if things and rng.random() < 0.35:
             color, shape, size = rng.choice(
                 [c for c in pool if things[0].color == c[0] or things[0].shape == c[1]]
             )
         if any((thing.color, thing.shape) == (color, shape) for thing in things):
             continue
-        place = _free_place(rng, SIZES[size], things)
-        if place is None:  # the ground is full: start again
+
+        # its place: if the ground is full, start again
+        place = _find_free_place(rng, RADII[size], things)
+        if place is None:
             things.clear()
             continue
         things.append(Thing(color, shape, size, *place, angle=rng.uniform(-12, 12)))
@@ -114,19 +139,22 @@ def sample_scene(rng: random.Random, held_out: bool, n_things: int | None = None
     return Scene(tuple(things), background, jitter=rng.getrandbits(32))
 
 
-def _free_place(rng: random.Random, radius: int, things: list[Thing]) -> tuple[int, int] | None:
-    low, high = (
-        math.ceil((radius + 2) / PATCH_SIZE - 0.5),
-        math.floor((IMAGE_SIZE - radius - 2) / PATCH_SIZE - 0.5),
-    )
+def _find_free_place(
+    rng: random.Random, radius: int, things: list[Thing]
+) -> tuple[int, int] | None:
+    """(x, y) where a thing of that radius touches no other; None if 50 tries find none."""
+    lowest = math.ceil((radius + 2) / PATCH_SIZE - 0.5)
+    highest = math.floor((IMAGE_SIZE - radius - 2) / PATCH_SIZE - 0.5)
+
+    # Near the middle of a patch, so that "which patch holds the center" has one answer.
+    def choose() -> int:
+        patch = rng.randint(lowest, highest)
+        return patch * PATCH_SIZE + PATCH_SIZE // 2 + rng.randint(-4, 4)
+
     for _ in range(50):
-        # Near the middle of a patch, so that "which patch holds the centre" has one answer.
-        x, y = (
-            rng.randint(low, high) * PATCH_SIZE + PATCH_SIZE // 2 + rng.randint(-4, 4)
-            for _ in range(2)
-        )
+        x, y = choose(), choose()
         if all(
-            math.hypot(x - thing.x, y - thing.y) > 1.2 * (radius + SIZES[thing.size])
+            math.hypot(x - thing.x, y - thing.y) > 1.2 * (radius + RADII[thing.size])
             for thing in things
         ):
             return x, y
@@ -134,42 +162,48 @@ def _free_place(rng: random.Random, radius: int, things: list[Thing]) -> tuple[i
 
 
 def change_one(rng: random.Random, scene: Scene, aspect: str) -> Scene | None:
-    """The same scene with one thing's `aspect` ("color", "shape", "size" or "place") changed, or None where none fits.
+    """The same scene with one thing changed, or None where nothing fits.
 
     The new combination is on the same side of the train / held-out split as the old one.
+
+    Args:
+        rng: source of every choice.
+        scene: what is changed.
+        aspect: "color", "shape", "size" or "place".
     """
+    # what the thing could become
     index = rng.randrange(len(scene.things))
-    thing, others = (
-        scene.things[index],
-        [other for i, other in enumerate(scene.things) if i != index],
-    )
+    thing = scene.things[index]
+    others = scene.things[:index] + scene.things[index + 1 :]
     if aspect == "place":
-        place = _free_place(rng, SIZES[thing.size], list(scene.things))
+        place = _find_free_place(rng, RADII[thing.size], list(scene.things))
         moved = replace(thing, x=place[0], y=place[1]) if place else thing
         candidates = [moved] if (moved.column, moved.row) != (thing.column, thing.row) else []
     else:
-        values = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES)}[aspect]
+        values = {"color": list(COLORS), "shape": list(SHAPES), "size": list(RADII)}[aspect]
         candidates = [
             replace(thing, **{aspect: value}) for value in values if value != getattr(thing, aspect)
         ]
+
+    # the first of these, in any order, that fits
     rng.shuffle(candidates)
     for changed in candidates:
-        radius = SIZES[changed.size]
         same_side = is_held_out(*changed.combination) == is_held_out(*thing.combination)
-        inside = all(
-            radius + 2 <= place <= IMAGE_SIZE - radius - 2 for place in (changed.x, changed.y)
-        )
-        free = all(
-            (changed.color, changed.shape) != (other.color, other.shape)
-            and math.hypot(changed.x - other.x, changed.y - other.y)
-            > radius + SIZES[other.size] + 4
-            for other in others
-        )
-        if same_side and inside and free:
-            return replace(
-                scene, things=scene.things[:index] + (changed,) + scene.things[index + 1 :]
-            )
+        if same_side and _fits(changed, others):
+            things = scene.things[:index] + (changed,) + scene.things[index + 1 :]
+            return replace(scene, things=things)
     return None
+
+
+def _fits(thing: Thing, others: tuple[Thing, ...]) -> bool:
+    """Whether a thing is inside the picture, touches no other and is not taken for another."""
+    radius = RADII[thing.size]
+    is_inside = all(radius + 2 <= place <= IMAGE_SIZE - radius - 2 for place in (thing.x, thing.y))
+    return is_inside and all(
+        (thing.color, thing.shape) != (other.color, other.shape)
+        and math.hypot(thing.x - other.x, thing.y - other.y) > radius + RADII[other.size] + 4
+        for other in others
+    )
 
 
 def draw_scene(scene: Scene) -> Image.Image:
@@ -179,19 +213,17 @@ def draw_scene(scene: Scene) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         color = _jitter(rng, COLORS[thing.color], 14)
-        radius = 2 * SIZES[thing.size]
+        x, y, radius = 2 * thing.x, 2 * thing.y, 2 * RADII[thing.size]
         if thing.shape == "circle":
-            canvas.circle((2 * thing.x, 2 * thing.y), 0.92 * radius, fill=color)
+            canvas.circle((x, y), 0.92 * radius, fill=color)
         else:
             outline = _rotate(_OUTLINES[thing.shape], thing.angle)
-            canvas.polygon(
-                [(2 * thing.x + radius * u, 2 * thing.y + radius * v) for u, v in outline],
-                fill=color,
-            )
+            canvas.polygon([(x + radius * u, y + radius * v) for u, v in outline], fill=color)
     return image.reduce(2)
 
 
 def _jitter(rng: random.Random, color: tuple[int, int, int], amount: int) -> tuple[int, ...]:
+    """A color up to `amount` levels away in each channel."""
     return tuple(min(255, max(0, channel + rng.randint(-amount, amount))) for channel in color)
 
 
@@ -206,17 +238,15 @@ def _star() -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
+    def height(t: float) -> float:
+        return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+
     turns = (2 * math.pi * k / 40 for k in range(40))
-    return [
-        (
-            math.sin(t) ** 3,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16,
-        )
-        for t in turns
-    ]
+    return [(math.sin(t) ** 3, -height(t) / 16) for t in turns]
 
 
-_OUTLINES = {  # corners in units of the half width, x to the right, y down
+# Corners in units of the half width, x to the right, y down.
+_OUTLINES = {
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
     "triangle": [(0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
     "star": _star(),

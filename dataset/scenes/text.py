@@ -1,8 +1,8 @@
-"""What is said about rendered scenes, in English and Chinese: descriptions, questions and their answers.
+"""What is said about rendered scenes, in English and Chinese: descriptions, questions, answers.
 
-Every question's answer follows from the scene alone. The text-only rows of the set are the same conversations with each
-`<image>` replaced by `describe(scene)`: a language model that has read them knows the questions, and pretraining
-has only to translate patches into that language.
+Every answer follows from the scene alone. The text-only rows of the set are the same conversations
+with each `<image>` replaced by a description: a language model that has read them knows the
+questions, and pretraining has only to translate patches into that language.
 """
 
 import random
@@ -22,23 +22,28 @@ QUESTION_TYPES = (
     "in_image",
     "difference",
 )
-PAIR_TYPES = QUESTION_TYPES[5:]  # asked about two images
+# Asked about two images.
+PAIR_TYPES = QUESTION_TYPES[5:]
 
-WORDS = {  # Chinese word for each English word that fills a slot
+# The Chinese word for each English word that fills a slot.
+WORDS = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色",
     "blue": "蓝色", "purple": "紫色", "pink": "粉色", "black": "黑色",
-    "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "heart": "心形", "cross": "十字形",
+    "circle": "圆形", "square": "方形", "triangle": "三角形",
+    "star": "星形", "heart": "心形", "cross": "十字形",
     "small": "小的", "medium": "中等的", "large": "大的",
     "left": "左边", "right": "右边", "above": "上面", "below": "下面",
     "first": "第一张", "second": "第二张",
 }  # fmt: skip
 
 RELATION_ANSWER = {
-    "en": "The {color} {shape} is at {place}, the {other_color} {other_shape} at {other_place}: {answer}.",
+    "en": "The {color} {shape} is at {place}, "
+    "the {other_color} {other_shape} at {other_place}: {answer}.",
     "zh": "{color}{shape}在{place}，{other_color}{other_shape}在{other_place}：{answer}。",
 }
-# Answers say what was asked for before they say what it is: a small model finds a thing again by the words just said.
-TEMPLATES = {  # language -> text, or (question, answer)
+# Of each language: a text, or (question, answer). Answers say what was asked for before they say
+# what it is: a small model finds a thing again by the words just said.
+TEMPLATES = {
     "thing": {"en": "{size} {color} {shape} {place}", "zh": "{size}{color}{shape}{place}"},
     "separator": {"en": "; ", "zh": "；"},
     "stop": {"en": ".", "zh": "。"},
@@ -106,26 +111,35 @@ TEMPLATES = {  # language -> text, or (question, answer)
 
 
 class Question(NamedTuple):
+    """A question and its answer.
+
+    Args:
+        type: one of QUESTION_TYPES.
+        text, answer: in one of LANGUAGES.
+        scenes: what it is about; two for PAIR_TYPES, else one.
+    """
+
     type: str
     text: str
     answer: str
-    scenes: tuple[Scene, ...]  # one, or two for PAIR_TYPES
+    scenes: tuple[Scene, ...]
 
 
 def word(english: str, language: str) -> str:
-    return WORDS.get(english, english) if language == "zh" else english  # numbers stay digits
+    """The word in `language`; numbers and places stay as they are."""
+    return WORDS.get(english, english) if language == "zh" else english
 
 
 def _fill(text: str, language: str, **slots) -> str:
-    """`text` with its slots in words of `language`; a slot is an English word, a number or a Thing."""
-    spoken = {
-        name: say(v, language) if isinstance(v, Thing) else word(str(v), language)
-        for name, v in slots.items()
-    }
-    return text.format(**spoken)
+    """Fill the slots of `text` with words of `language`, made of English words, numbers, things."""
+    words = {}
+    for name, value in slots.items():
+        is_thing = isinstance(value, Thing)
+        words[name] = describe_thing(value, language) if is_thing else word(str(value), language)
+    return text.format(**words)
 
 
-def say(thing: Thing, language: str) -> str:
+def describe_thing(thing: Thing, language: str) -> str:
     """ "large red circle C5" """
     slots = {"size": thing.size, "color": thing.color, "shape": thing.shape, "place": thing.place}
     return _fill(TEMPLATES["thing"][language], language, **slots)
@@ -134,7 +148,7 @@ def say(thing: Thing, language: str) -> str:
 def describe(things: Sequence[Thing], language: str) -> str:
     """Every thing and its place, in the order given."""
     separator, stop = TEMPLATES["separator"][language], TEMPLATES["stop"][language]
-    return separator.join(say(thing, language) for thing in things) + stop
+    return separator.join(describe_thing(thing, language) for thing in things) + stop
 
 
 def caption(scene: Scene, language: str) -> tuple[str, str]:
@@ -142,52 +156,42 @@ def caption(scene: Scene, language: str) -> tuple[str, str]:
     return TEMPLATES["caption"][language], describe(scene.things, language)
 
 
-def ask(
-    rng: random.Random, question_type: str, scenes: tuple[Scene, ...], language: str
-) -> Question | None:
-    """A question of that type about the scene (or the two scenes), or None where they allow none."""
-    found = _ASK[question_type](rng, *scenes)
-    if found is None:
-        return None
-    template, slots = found
-    question, answer = (_fill(text, language, **slots) for text in TEMPLATES[template][language])
-    return Question(question_type, question, answer, scenes)
+# The template of a question and the words for its slots; None where the scene allows no question.
+Slots = tuple[str, dict] | None
 
 
-# Each of these returns (template, slots) or None.
-
-
-def _ask_color(rng: random.Random, scene: Scene):
-    thing = _unique(rng, scene, "shape")
+def _ask_color(rng: random.Random, scene: Scene) -> Slots:
+    thing = _choose_unique(rng, scene, "shape")
     return thing and ("color", {"shape": thing.shape, "color": thing.color})
 
 
-def _ask_shape(rng: random.Random, scene: Scene):
-    thing = _unique(rng, scene, "color")
+def _ask_shape(rng: random.Random, scene: Scene) -> Slots:
+    thing = _choose_unique(rng, scene, "color")
     return thing and ("shape", {"shape": thing.shape, "color": thing.color})
 
 
-def _ask_size(rng: random.Random, scene: Scene):
+def _ask_size(rng: random.Random, scene: Scene) -> Slots:
     thing = rng.choice(scene.things)
     return "size", {"color": thing.color, "shape": thing.shape, "size": thing.size}
 
 
-def _ask_count(rng: random.Random, scene: Scene):
+def _ask_count(rng: random.Random, scene: Scene) -> Slots:
     template = rng.choice(("count", "count", "count_shape", "count_color"))
     if template == "count":
         return template, {"number": len(scene.things)}
     attribute = template.removeprefix("count_")
     values = [getattr(thing, attribute) for thing in scene.things]
-    value = (
-        max(rng.sample(values, len(values)), key=values.count)
-        if rng.random() < 0.5
-        else rng.choice(values)
-    )
+    # Every second time the most frequent one: most values are there once.
+    if rng.random() < 0.5:
+        value = max(rng.sample(values, len(values)), key=values.count)
+    else:
+        value = rng.choice(values)
     return template, {"number": values.count(value), attribute: value}
 
 
-def _ask_relation(rng: random.Random, scene: Scene):
+def _ask_relation(rng: random.Random, scene: Scene) -> Slots:
     axis, answers = rng.choice((("column", ("left", "right")), ("row", ("above", "below"))))
+    # At least two cells apart, so that the answer can be seen.
     pairs = [
         (a, b)
         for a in scene.things
@@ -197,14 +201,18 @@ def _ask_relation(rng: random.Random, scene: Scene):
     if not pairs:
         return None
     thing, other = rng.choice(pairs)
-    slots = {"color": thing.color, "shape": thing.shape, "place": thing.place}
-    others = {"other_color": other.color, "other_shape": other.shape, "other_place": other.place}
-    return f"relation_{axis}", slots | others | {
-        "answer": answers[getattr(thing, axis) > getattr(other, axis)]
+    return f"relation_{axis}", {
+        "color": thing.color,
+        "shape": thing.shape,
+        "place": thing.place,
+        "other_color": other.color,
+        "other_shape": other.shape,
+        "other_place": other.place,
+        "answer": answers[getattr(thing, axis) > getattr(other, axis)],
     }
 
 
-def _ask_which_image(rng: random.Random, first: Scene, second: Scene):
+def _ask_which_image(rng: random.Random, first: Scene, second: Scene) -> Slots:
     which = rng.randrange(2)
     scene, other = (first, second)[which], (second, first)[which]
     there = {(thing.color, thing.shape) for thing in other.things}
@@ -212,33 +220,59 @@ def _ask_which_image(rng: random.Random, first: Scene, second: Scene):
     if not only_here:
         return None
     thing = rng.choice(only_here)
-    return "which_image", {
-        "color": thing.color,
-        "shape": thing.shape,
-        "which": ("first", "second")[which],
-    }
+    slots = {"color": thing.color, "shape": thing.shape, "which": ("first", "second")[which]}
+    return "which_image", slots
 
 
-def _ask_in_image(rng: random.Random, first: Scene, second: Scene):
+def _ask_in_image(rng: random.Random, first: Scene, second: Scene) -> Slots:
     which = rng.randrange(2)
-    thing = _unique(rng, (first, second)[which], "shape")
-    return thing and (
-        "in_image",
-        {"shape": thing.shape, "color": thing.color, "which": ("first", "second")[which]},
-    )
+    thing = _choose_unique(rng, (first, second)[which], "shape")
+    if thing is None:
+        return None
+    slots = {"shape": thing.shape, "color": thing.color, "which": ("first", "second")[which]}
+    return "in_image", slots
 
 
-def _ask_difference(rng: random.Random, first: Scene, second: Scene):
+def _ask_difference(rng: random.Random, first: Scene, second: Scene) -> Slots:
     changed = [(a, b) for a, b in zip(first.things, second.things) if a != b]
     if len(first.things) != len(second.things) or len(changed) != 1:
         return None
     return "difference", {"before": changed[0][0], "after": changed[0][1]}
 
 
-def _unique(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:
+def _choose_unique(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:
+    """A thing that no other shares this attribute with, or None."""
     values = [getattr(thing, attribute) for thing in scene.things]
     alone = [thing for thing in scene.things if values.count(getattr(thing, attribute)) == 1]
     return rng.choice(alone) if alone else None
 
 
-_ASK = {question_type: globals()[f"_ask_{question_type}"] for question_type in QUESTION_TYPES}
+_ASK = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "size": _ask_size,
+    "count": _ask_count,
+    "relation": _ask_relation,
+    "which_image": _ask_which_image,
+    "in_image": _ask_in_image,
+    "difference": _ask_difference,
+}
+
+
+def ask(
+    rng: random.Random, question_type: str, scenes: tuple[Scene, ...], language: str
+) -> Question | None:
+    """A question about scenes, or None where they allow none of that type.
+
+    Args:
+        rng: source of every choice.
+        question_type: one of QUESTION_TYPES.
+        scenes: two for PAIR_TYPES, else one.
+        language: one of LANGUAGES.
+    """
+    chosen = _ASK[question_type](rng, *scenes)
+    if chosen is None:
+        return None
+    template, slots = chosen
+    question, answer = (_fill(text, language, **slots) for text in TEMPLATES[template][language])
+    return Question(question_type, question, answer, scenes)

@@ -1,7 +1,5 @@
 """Write the rendered demo set in the published data formats.
 
-python -m dataset.scenes out/demo/data        # the sizes `make demo` uses
-
 lm_data.jsonl                             text-only rows: scenes in words, the same questions
 pretrain_vlm_data.jsonl, pretrain_images/ one image and its description
 sft_vlm_data.jsonl, sft_images/           dialogues about one image, or two
@@ -10,10 +8,9 @@ eval_vlm_data.jsonl, eval_images/         one question a row about held-out scen
 eval_vlm_data_multi.jsonl, eval_multi_images/  the same, about two
 """
 
-import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +27,10 @@ from dataset.scenes.text import (
     describe,
 )
 
-SIZES = {"lm": 6000, "pretrain": 6000, "sft": 9000, "multi": 3000, "eval": 960, "eval_multi": 300}
-FILES = {  # of each part: rows, and the folder of their images beside
+# Rows of each part, as `make demo` uses them.
+N_ROWS = {"lm": 6000, "pretrain": 6000, "sft": 9000, "multi": 3000, "eval": 960, "eval_multi": 300}
+# Of each part: the file of its rows, and the folder of their images beside it.
+FILES = {
     "lm": ("lm_data.jsonl", ""),
     "pretrain": ("pretrain_vlm_data.jsonl", "pretrain_images"),
     "sft": ("sft_vlm_data.jsonl", "sft_images"),
@@ -39,15 +38,19 @@ FILES = {  # of each part: rows, and the folder of their images beside
     "eval": ("eval_vlm_data.jsonl", "eval_images"),
     "eval_multi": ("eval_vlm_data_multi.jsonl", "eval_multi_images"),
 }
+RowMaker = Callable[[random.Random, int], tuple[dict, tuple[Scene, ...]]]
+# Questions that a dialogue is given; those that come twice are dropped.
 LEAST_TURNS, MOST_TURNS = 6, 14
-DIALOGUE_TYPES = (  # what is learned slowest is asked most: to find a thing by its shape, to count
-    *QUESTION_TYPES, "color", "color", "count", "in_image",
-)  # fmt: skip
+# What is learned slowest is asked most: to find a thing by its shape, to count.
+DIALOGUE_TYPES = (*QUESTION_TYPES, "color", "color", "count", "in_image")
 MULTI_TYPES = (*PAIR_TYPES, "difference", "difference")
 
 
 def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tuple[Scene, ...]:
-    """The scene a question of that type is about, or the two; for "difference" the second is a small change of the first."""
+    """The scene a question of that type is about, or the two.
+
+    For "difference" the second is the first with one thing changed.
+    """
     if question_type not in PAIR_TYPES:
         return (sample_scene(rng, held_out),)
     if question_type != "difference":
@@ -62,7 +65,10 @@ def sample_scenes(rng: random.Random, held_out: bool, question_type: str) -> tup
 def sample_dialogue(
     rng: random.Random, language: str, types: Sequence[str] = DIALOGUE_TYPES
 ) -> tuple[tuple[Scene, ...], list[Question]]:
-    """Training scenes and different questions about them; each of `types` that fits is as likely as the next."""
+    """Training scenes, and different questions about them.
+
+    Each of `types` that fits the number of scenes is as likely as the next.
+    """
     questions: dict[str, Question] = {}
     while not questions:
         first_type = rng.choice(types)
@@ -87,7 +93,15 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
 def dialogue_row(
     rng: random.Random, index: int, types: Sequence[str] = DIALOGUE_TYPES
 ) -> tuple[dict, tuple[Scene, ...]]:
-    """Questions and answers about one scene, or two; a third of the single ones open with a request for a description."""
+    """A dialogue about one scene, or two. A third of the single ones begin with a description.
+
+    Like every function of ROW_MAKERS it returns (row without "image", scenes to draw).
+
+    Args:
+        rng: source of every choice.
+        index: number of the row.
+        types: what is asked, see DIALOGUE_TYPES.
+    """
     language = rng.choice(LANGUAGES)
     scenes, questions = sample_dialogue(rng, language, types)
     pairs = [(question.text, question.answer) for question in questions]
@@ -97,19 +111,72 @@ def dialogue_row(
 
 
 def text_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
-    """The same in words alone: each scene is described, things in any order."""
+    """The same in words alone: each scene is described, its things in any order."""
     row, scenes = dialogue_row(rng, index)
+    question = row["conversations"][0]
     for scene in scenes:
         words = describe(rng.sample(scene.things, len(scene.things)), "en")
-        row["conversations"][0]["content"] = row["conversations"][0]["content"].replace(
-            "<image>", words, 1
-        )
+        question["content"] = question["content"].replace("<image>", words, 1)
     return row, ()
 
 
-def write_part(path: Path, images: Path, n_rows: int, make_row, seed: str) -> None:
-    """Write rows to a .jsonl file; `make_row(rng, index)` returns (row without "image", scenes to draw into `images`)."""
-    rng = random.Random(seed)
+def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
+    """One scene and its description."""
+    scene = sample_scene(rng, held_out=False)
+    return {"conversations": as_turns([caption(scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
+
+
+def eval_row(
+    rng: random.Random, index: int, types: Sequence[str] = QUESTION_TYPES
+) -> tuple[dict, tuple[Scene, ...]]:
+    """One question about held-out scenes; every type equally often, languages in turn."""
+    question_type = types[index % len(types)]
+    language = LANGUAGES[index // len(types) % 2]
+    while True:
+        scenes = sample_scenes(rng, held_out=True, question_type=question_type)
+        question = ask(rng, question_type, scenes, language)
+        if question:
+            images = "\n".join(["<image>"] * len(scenes))
+            turns = as_turns([(question.text, question.answer)], images)
+            return {"type": question_type, "conversations": turns}, scenes
+
+
+ROW_MAKERS = {
+    "lm": text_row,
+    "pretrain": pretrain_row,
+    "sft": dialogue_row,
+    "multi": partial(dialogue_row, types=MULTI_TYPES),
+    "eval": eval_row,
+    "eval_multi": partial(eval_row, types=PAIR_TYPES),
+}
+
+
+def write_scene_set(folder: Path, n_rows: dict[str, int], seed: int = 1337) -> None:
+    """Write parts of the set, the same for the same arguments.
+
+    Args:
+        folder: where they are written, see FILES.
+        n_rows: rows of each part, see N_ROWS; a part that is left out is not written.
+        seed: of every scene and question.
+    """
+    for part, n in n_rows.items():
+        file_name, images = FILES[part]
+        rng = random.Random(f"{seed}-{part}")
+        write_part(folder / file_name, folder / images, n, ROW_MAKERS[part], rng)
+
+
+def write_part(
+    path: Path, images: Path, n_rows: int, make_row: RowMaker, rng: random.Random
+) -> None:
+    """Write rows to a .jsonl file, and their pictures.
+
+    Args:
+        path: the .jsonl file.
+        images: folder of the pictures, made with the first of them.
+        n_rows: number of rows.
+        make_row: gives (row without "image", scenes to draw) of (rng, index).
+        rng: source of every choice.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for index in tqdm(range(n_rows), desc=f"write {path.name}", unit="row"):
@@ -122,54 +189,3 @@ def write_part(path: Path, images: Path, n_rows: int, make_row, seed: str) -> No
             if names:
                 row["image"] = ", ".join(names)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def pretrain_row(rng: random.Random, index: int) -> tuple[dict, tuple[Scene, ...]]:
-    scene = sample_scene(rng, held_out=False)
-    return {"conversations": as_turns([caption(scene, rng.choice(LANGUAGES))], "<image>")}, (scene,)
-
-
-def eval_row(
-    rng: random.Random, index: int, types: Sequence[str] = QUESTION_TYPES
-) -> tuple[dict, tuple[Scene, ...]]:
-    """Every type equally often, languages in turn."""
-    question_type = types[index % len(types)]
-    language = LANGUAGES[index // len(types) % 2]
-    while True:
-        scenes = sample_scenes(rng, held_out=True, question_type=question_type)
-        question = ask(rng, question_type, scenes, language)
-        if question:
-            turns = as_turns(
-                [(question.text, question.answer)], "\n".join(["<image>"] * len(scenes))
-            )
-            return {"type": question_type, "conversations": turns}, scenes
-
-
-def write_scene_set(folder: Path, sizes: dict[str, int], seed: int = 1337) -> None:
-    """Write the parts named in `sizes` (rows of each of FILES)."""
-    makers = {
-        "lm": text_row,
-        "pretrain": pretrain_row,
-        "sft": dialogue_row,
-        "multi": partial(dialogue_row, types=MULTI_TYPES),
-        "eval": eval_row,
-        "eval_multi": partial(eval_row, types=PAIR_TYPES),
-    }
-    for name, n_rows in sizes.items():
-        file_name, images = FILES[name]
-        write_part(folder / file_name, folder / images, n_rows, makers[name], seed=f"{seed}-{name}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the set is written")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of every scene and question")
-    for name, default in SIZES.items():
-        parser.add_argument(
-            f"--{name}_rows", type=int, default=default, help=f"rows of the {name} part (0: none)"
-        )
-    args = parser.parse_args()
-    sizes = {name: getattr(args, f"{name}_rows") for name in SIZES}
-    write_scene_set(
-        args.folder, {name: n_rows for name, n_rows in sizes.items() if n_rows}, args.seed
-    )

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dataset.scenes.scene import GRID, Scene
-from dataset.scenes.text import QUESTION_TYPES, say
+from dataset.scenes.text import QUESTION_TYPES, describe_thing
 from dataset.scenes.write import DIALOGUE_TYPES, dialogue_row, eval_row, text_row
 from model.LMConfig import IMAGE_TOKEN, VLMConfig
 from model.model_lm import MiniMindLM
@@ -73,7 +73,10 @@ class SceneReader:
         empty = rng.sample(
             [cell for cell in range(N_PATCHES) if cell not in things], self.n_cells - len(things)
         )
-        said = {cell: self._word_ids(" " + say(thing, "en")) for cell, thing in things.items()}
+        said = {
+            cell: self._word_ids(" " + describe_thing(thing, "en"))
+            for cell, thing in things.items()
+        }
         return [said.get(cell, self.nothing) for cell in sorted([*things, *empty])]
 
     def _word_ids(self, text: str) -> list[int]:

@@ -28,8 +28,8 @@ from dataset.scenes.scene import (
     GRID,
     IMAGE_SIZE,
     PATCH_SIZE,
+    RADII,
     SHAPES,
-    SIZES,
     draw_scene,
     sample_scene,
 )
@@ -39,7 +39,7 @@ N_PATCHES = GRID * GRID
 N_CLASSES = {
     "color": len(COLORS),
     "shape": len(SHAPES),
-    "size": len(SIZES),
+    "size": len(RADII),
     "column": CELLS,
     "row": CELLS,
 }
@@ -67,10 +67,10 @@ class LabelledScenes(Dataset):
             values = (
                 list(COLORS).index(thing.color),
                 SHAPES.index(thing.shape),
-                list(SIZES).index(thing.size),
+                list(RADII).index(thing.size),
             )
             values = np.array([value + 1 for value in values] + [thing.column, thing.row])
-            covered = np.hypot(columns - thing.x, rows - thing.y) < SIZES[thing.size]
+            covered = np.hypot(columns - thing.x, rows - thing.y) < RADII[thing.size]
             covered[thing.patch] = True
             classes[0][:, covered] = values[:, None]
             classes[1][:, thing.patch] = values

@@ -1,4 +1,4 @@
-"""The rendered set: held-out combinations stay unseen, answers are true, files are in the published formats."""
+"""The rendered set: held-out combinations stay unseen, answers are true, files as published."""
 
 import itertools
 import json
@@ -15,8 +15,8 @@ from dataset.scenes.scene import (
     COLORS,
     IMAGE_SIZE,
     MAX_THINGS,
+    RADII,
     SHAPES,
-    SIZES,
     change_one,
     combinations,
     draw_scene,
@@ -32,9 +32,16 @@ from dataset.scenes.text import (
     ask,
     describe,
 )
-from dataset.scenes.write import dialogue_row, eval_row, pretrain_row, text_row, write_scene_set
+from dataset.scenes.write import (
+    N_ROWS,
+    dialogue_row,
+    eval_row,
+    pretrain_row,
+    text_row,
+    write_scene_set,
+)
 from model.processing import load_tokenizer
-from tests.helpers import TOKENIZER
+from tests.helpers import ROOT, TOKENIZER, run_script
 
 
 def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
@@ -44,11 +51,11 @@ def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
         assert (
             {c for c, _, _ in side} == set(COLORS)
             and {s for _, s, _ in side} == set(SHAPES)
-            and {z for *_, z in side} == set(SIZES)
+            and {z for *_, z in side} == set(RADII)
         )
     pairs = Counter((color, shape) for color, shape, _ in train)
     assert len(pairs) == 48 and min(pairs.values()) >= 2, (
-        "every colour-shape pair keeps two sizes in training"
+        "every color-shape pair keeps two sizes in training"
     )
 
 
@@ -74,14 +81,14 @@ def test_things_are_inside_and_apart(seed, held_out):
     assert 1 <= len(scene.things) <= MAX_THINGS
     assert len({thing.patch for thing in scene.things}) == len(scene.things)
     for thing in scene.things:
-        assert SIZES[thing.size] - 2 <= min(
+        assert RADII[thing.size] - 2 <= min(
             thing.x, thing.y, IMAGE_SIZE - thing.x, IMAGE_SIZE - thing.y
         )
     picture = np.asarray(draw_scene(scene)).astype(int)
     assert picture.shape == (224, 224, 3) and np.array_equal(picture, np.asarray(draw_scene(scene)))
     for thing in scene.things:
         assert np.abs(picture[thing.y, thing.x] - COLORS[thing.color]).max() <= 14, (
-            "its colour is at its centre"
+            "its color is at its center"
         )
 
 
@@ -97,7 +104,7 @@ def words_in(text: str) -> list[str]:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from(LANGUAGES))
 def test_answers_follow_from_the_description_alone(seed, language):
-    """Answer every single-image question again from nothing but the English description of the scene."""
+    """Answer every question about one image again, from the English description alone."""
     rng = random.Random(seed)
     scene = sample_scene(rng, held_out=bool(seed % 2))
     things = re.findall(r"(\w+) (\w+) (\w+) ([A-G][1-7])", describe(scene.things, "en"))
@@ -176,7 +183,20 @@ def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
     assert "<image>" not in text_rows and '"image"' not in text_rows
 
 
-@pytest.mark.parametrize("word", [*COLORS, *SHAPES, *SIZES, *(str(n) for n in range(1, 8))])
+def test_the_command_line_writes_the_same_set(tmp_path):
+    flags = [flag for part in N_ROWS if part != "pretrain" for flag in (f"--{part}_rows", "0")]
+    finished = run_script(
+        "-m", "dataset.scenes", tmp_path / "a", *flags, "--pretrain_rows", "3", "--seed", "7"
+    )
+    assert finished.returncode == 0, finished.stdout
+    write_scene_set(tmp_path / "b", {"pretrain": 3}, seed=7)
+    found, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in "ab"
+    )
+    assert found == expected and len(found) == 4
+
+
+@pytest.mark.parametrize("word", [*COLORS, *SHAPES, *RADII, *(str(n) for n in range(1, 8))])
 def test_every_attribute_is_one_token_wherever_it_stands(word):
     tokenizer = load_tokenizer(TOKENIZER)
     assert len(tokenizer.tokenize(f" {word}")) == 1
@@ -188,8 +208,6 @@ def test_every_attribute_is_one_token_wherever_it_stands(word):
 
 
 def test_tokenizer_script_gives_the_shipped_tokenizer_again(tmp_path):
-    from tests.helpers import run_script
-
     assert run_script("-m", "scripts.demo.train_tokenizer", "--out_dir", tmp_path).returncode == 0
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_text() == (TOKENIZER / name).read_text()
@@ -197,37 +215,21 @@ def test_tokenizer_script_gives_the_shipped_tokenizer_again(tmp_path):
 
 def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
     """<= 8 MB shipped; two short runs of each training script give the same bytes."""
-    from tests.helpers import ROOT, run_script
-
     stand_ins = [ROOT / "model/demo/vision_model/model.safetensors", ROOT / "model/demo/lm_128.pth"]
     assert sum(path.stat().st_size for path in stand_ins) <= 8e6
-    for folder in ("a", "b"):
+    flags = ["--steps", "3", "--batch_size", "4", "--eval_scenes", "4"]
+    encoders = [tmp_path / name for name in ("a", "b")]
+    for folder in encoders:
         finished = run_script(
-            "-m",
-            "scripts.demo.train_vision_encoder",
-            "--steps",
-            "3",
-            "--batch_size",
-            "4",
-            "--eval_scenes",
-            "4",
-            "--out_dir",
-            tmp_path / folder,
+            "-m", "scripts.demo.train_vision_encoder", *flags, "--out_dir", folder
         )
         assert finished.returncode == 0, finished.stdout
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (
-        tmp_path / "b/model.safetensors"
-    ).read_bytes()
-    for name in ("a.pth", "b.pth"):
-        finished = run_script(
-            "-m",
-            "scripts.demo.train_base",
-            "--max_steps",
-            "3",
-            "--eval_rows",
-            "8",
-            "--out_file",
-            tmp_path / name,
-        )
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in encoders)
+    assert first == second
+
+    flags = ["--max_steps", "3", "--eval_rows", "8"]
+    weights = [tmp_path / name for name in ("a.pth", "b.pth")]
+    for path in weights:
+        finished = run_script("-m", "scripts.demo.train_base", *flags, "--out_file", path)
         assert finished.returncode == 0, finished.stdout
-    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert weights[0].read_bytes() == weights[1].read_bytes()
