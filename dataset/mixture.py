@@ -125,6 +125,7 @@ def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
 
     MissingFileError where a file is missing, UserError for other mistakes.
     """
+    # one folder for each entry of --data
     folders = list(images or [None])
     if len(folders) not in (1, len(data)):
         raise UserError(
@@ -133,6 +134,8 @@ def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
         )
     if len(folders) == 1:
         folders *= len(data)
+
+    # one source for each file of an entry
     sources = []
     for entry, folder in zip(data, folders):
         pattern, weight = split_weight(entry)
@@ -146,6 +149,7 @@ def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
 
 def split_weight(entry: str) -> tuple[str, Fraction]:
     """("a.jsonl", 2) of "a.jsonl:2"; weight 1 if none is given."""
+    # A file's own name may end like a weight.
     match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?|\.\d+)", entry)
     if not match or Path(entry).is_file():
         return entry, Fraction(1)

@@ -151,10 +151,13 @@ def _write_arrow(path: Path, copy: Path, stamped: str) -> None:
     pa = import_pyarrow()
     partial = copy.with_name(f"{copy.name}.partial")
     try:
+        # what is copied, and whether there is room for it
         source = pa.parquet.ParquetFile(path)
         _check_disk(source, path, copy.parent)
         fields = [source.schema_arrow.field(name) for name in COLUMNS]
         schema = pa.schema(fields, metadata={"copied": stamped})
+
+        # batch by batch, so that memory does not grow with the file
         with (
             pa.ipc.new_file(str(partial), schema) as file,
             tqdm(

@@ -47,6 +47,7 @@ class JsonLinesRows:
 
     def scan(self) -> Iterator[tuple[int, int, dict | None]]:
         """(key, bytes, row) of every line; the row is None where the line is no JSON object."""
+        # The bar counts bytes: how many lines there are is known at the end only.
         progress = tqdm(
             total=self.path.stat().st_size,
             desc=f"check {self.path.name}",
@@ -72,6 +73,7 @@ class JsonLinesRows:
 
     def read_line(self, offset: int) -> bytes:
         """One row as it is in the file."""
+        # Opened each time: an open file could not be sent to the workers of a loader.
         with open(self.path, "rb") as file:
             file.seek(offset)
             return file.readline()
@@ -85,6 +87,7 @@ class JsonLinesRows:
 
     def name_places(self, offsets: list[int]) -> list[str]:
         """ "line 7" for each of the keys, as an editor counts."""
+        # Line breaks are counted once, from the first row to the last, a megabyte at a time.
         n_lines, position, names = 1, 0, {}
         with open(self.path, "rb") as file:
             for offset in sorted(offsets):
@@ -122,6 +125,7 @@ class JsonLinesRows:
 
     @staticmethod
     def _parse(line: bytes) -> dict | None:
+        # Some editors put three bytes before the first line ("-sig") that are no part of it.
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError):

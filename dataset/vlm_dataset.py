@@ -109,6 +109,7 @@ class VLMDataset(Dataset):
 
     def _check_rows(self) -> tuple[np.ndarray, RowCounts]:
         """(ROW[n] of the usable rows, counts). No picture is opened."""
+        # each row is used, or counted with the reason why not
         counts, keys, lengths = RowCounts(), array("q"), array("i")
         n_image_tokens = self.processor.config.n_image_tokens
         for key, n_bytes, row in self.rows.scan():
@@ -122,10 +123,13 @@ class VLMDataset(Dataset):
             n_tokens = n_bytes // BYTES_PER_TOKEN + n_images * n_image_tokens
             keys.append(key)
             lengths.append(min(self.max_length, n_tokens))
+
+        # a set without a single usable row
         if not keys:
             reasons = list_reasons(counts.skipped) or "it is empty"
             hint = self._explain_missing_images(counts.skipped)
             raise UserError(f"{self.data_path} has no usable row ({reasons}){hint}")
+
         usable = np.empty(len(keys), ROW)
         usable["key"], usable["length"] = keys, lengths
         return usable, counts
