@@ -92,7 +92,9 @@ def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
     if type_ is bool:
         return {"action": "store_true"}
     if get_origin(type_) is list:
-        return {"nargs": "+", "type": get_args(type_)[0], "metavar": name.upper()}
+        # --image a.jpg b.jpg and --image a.jpg --image b.jpg are the same.
+        read = get_args(type_)[0]
+        return {"action": "extend", "nargs": "+", "type": read, "metavar": name.upper()}
     choices = _allowed_values(type_)
     kinds = [kind for kind in _members(type_) if kind in (int, float, str)]
     if "yes" in choices:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.device import choose_device
 from common.errors import UserError
 from trainer.config import TrainConfig
 
@@ -198,24 +199,10 @@ def seed_everything(seed: int) -> None:
 
 
 def _choose_device(wanted: str | None) -> torch.device:
-    """The device asked for; else CUDA, MPS or XPU if there is one, else the CPU."""
-    available = torch.accelerator.current_accelerator(check_available=True)
-    if wanted is None:
-        device = available or torch.device("cpu")
-    else:
-        try:
-            device = torch.device(wanted)
-        except RuntimeError as error:
-            raise UserError(f"--device {wanted} is no device: pass cpu, cuda or cuda:0") from error
-    if device.type != "cpu" and (available is None or device.type != available.type):
-        seen = "no GPU" if available is None else f"only {available.type}"
-        raise UserError(
-            f"--device {wanted} but PyTorch sees {seen} here: pass --device cpu, or install a "
-            "build of PyTorch for it"
-        )
-    # Under torchrun each process of a machine has a GPU of its own.
+    """See `choose_device`; under torchrun each process of a machine has a GPU of its own."""
+    device = choose_device(wanted)
     if device.type == "cuda" and (device.index is None or "LOCAL_RANK" in os.environ):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
 

@@ -1,5 +1,6 @@
 """Flags made from a dataclass: read, checked, listed."""
 
+import runpy
 from dataclasses import FrozenInstanceError, asdict, dataclass, replace
 from typing import Literal
 
@@ -7,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_pretrain_vlm
-import train_sft_vlm
 from common.errors import UserError
 from common.flags import check_options, describe_default, list_flags, option, parse_flags
+from tests.helpers import ROOT
 from trainer.config import TrainConfig
 
 
@@ -39,6 +39,7 @@ def test_each_type_is_read():
     given = ["--n", "x", "y", "--size", "auto", "--share", "0.5", "--kind", "blue", "--again"]
     values = dict(names=["x", "y"], size="auto", share=0.5, kind="blue", again="yes", loud=True)
     assert read(*given, "--loud") == values
+    assert read("--names", "x", "--n", "y")["names"] == ["x", "y"]
     assert read("--again", "auto", "--size", "7") == defaults | {"again": "auto", "size": 7}
 
 
@@ -81,9 +82,9 @@ PUBLISHED_FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("script", [train_pretrain_vlm, train_sft_vlm])
+@pytest.mark.parametrize("script", ["train_pretrain_vlm.py", "train_sft_vlm.py"])
 def test_training_has_the_published_flags_and_every_field_says_what_it_is(script):
-    flags = list(list_flags(script.DEFAULTS))
+    flags = list(list_flags(runpy.run_path(str(ROOT / script))["DEFAULTS"]))
     names = {name for flag in flags for name in flag.names}
     assert names >= PUBLISHED_FLAGS | {"--data", "--images", "--keep_checkpoints"}
     assert all(len(flag.help) > 15 and flag.group for flag in flags)

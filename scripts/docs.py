@@ -1,0 +1,69 @@
+"""python -m scripts.docs: write docs/flags.md from the code, so that it cannot be wrong."""
+
+import runpy
+from itertools import groupby
+
+from common.errors import run_command
+from common.files import write_text
+from common.flags import Flag, list_flags
+from inference.config import EvalConfig
+from model.files import ROOT
+
+FLAGS_PATH = ROOT / "docs" / "flags.md"
+INTRODUCTION = """\
+# Flags
+
+This page is written from the code by `python -m scripts.docs`; `--help` of each script says the
+same. An empty default means: off, or as the text says.
+"""
+
+
+def write_flags() -> str:
+    """The whole page."""
+    training = "`train_pretrain_vlm.py` and `train_sft_vlm.py`"
+    stages = [read_defaults(name) for name in ("train_pretrain_vlm.py", "train_sft_vlm.py")]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *write_section(training, "default: pretraining / SFT", *stages),
+            *write_section("`eval_vlm.py`", "default", EvalConfig()),
+            *write_section("`web_demo_vlm.py`", "default", read_defaults("web_demo_vlm.py")),
+        ]
+    )
+
+
+def read_defaults(script: str):
+    """The DEFAULTS of a root script."""
+    return runpy.run_path(str(ROOT / script))["DEFAULTS"]
+
+
+def write_section(title: str, heading: str, *defaults) -> list[str]:
+    """Lines of one script's flags, a table for each group."""
+    columns = zip(*map(list_flags, defaults))
+    lines = [f"## {title}", ""]
+    for group, rows in groupby(columns, key=lambda row: row[0].group):
+        lines += [f"### {group.capitalize()}", "", f"| flag | what it is | {heading} |"]
+        lines += ["|---|---|---|", *map(write_row, rows), ""]
+    return lines
+
+
+def write_row(flags: tuple[Flag, ...]) -> str:
+    """One flag, with its default in each stage."""
+    names = " ".join(f"`{name}`" for name in flags[0].names)
+    shown = dict.fromkeys(show_default(flag.default) for flag in flags)
+    return f"| {names} | {flags[0].help.replace('|', '/')} | {' / '.join(filter(None, shown))} |"
+
+
+def show_default(default) -> str:
+    if default is None or default is False or default == []:
+        return ""
+    return f"`{' '.join(default) if isinstance(default, list) else default}`"
+
+
+def main() -> None:
+    write_text(FLAGS_PATH, write_flags())
+    print(f"written: {FLAGS_PATH.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
