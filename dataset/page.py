@@ -16,7 +16,7 @@ from common.files import write_text
 BINS = 24  # of a histogram
 STYLE = """
 body { max-width: 1080px; margin: 2.5em auto 4em; padding: 0 1.5em; color: #1f2937;
-  background: #fff; font: 16px/1.55 system-ui, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif }
+  background: #fff; font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif }
 h1 { font-size: 1.6em; margin: 0 0 .2em; overflow-wrap: anywhere }
 h2 { font-size: 1.2em; margin: 2.2em 0 .6em }
 h3 { font-size: 1em; margin: 1.6em 0 .4em }
@@ -31,19 +31,20 @@ td.number { text-align: right; font-variant-numeric: tabular-nums }
 .bars div { flex: 1; min-height: 1px; background: #7aa5d2; border-radius: 2px 2px 0 0 }
 .scale { display: flex; justify-content: space-between; max-width: 620px }
 .row { display: flex; gap: 1.6em; padding: 1.2em 0; border-top: 1px solid #e5e7eb }
-.pictures { flex: 0 0 220px; display: flex; flex-wrap: wrap; gap: 6px; align-content: flex-start }
-.pictures img { border-radius: 5px; max-width: 100%; max-height: 220px }
-.pictures img:not(:only-child) { max-width: 107px; max-height: 107px }
+.pictures { flex: 0 0 200px; display: flex; flex-wrap: wrap; gap: 6px; align-content: flex-start }
+.pictures img { border-radius: 5px; width: 200px }
+.pictures img:not(:only-child) { width: 97px }
 .text { flex: 1; min-width: 0; overflow-wrap: anywhere }
 .small .pictures { flex-basis: 160px }
-.small .pictures img { max-height: 96px; max-width: 160px }
-.small .pictures img:not(:only-child) { max-height: 72px; max-width: 77px }
+.small .pictures img { width: 110px }
+.small .pictures img:not(:only-child) { width: 77px }
 .small.row { padding: .7em 0 }
 .tokens { white-space: pre-wrap; line-height: 1.75; margin-top: .5em }
 .tokens span { padding: .12em 0; border-radius: 2px }
-.legend { line-height: 2.1; margin: 1em 0 1.6em }
+.legend { line-height: 2.1; margin-top: .8em }
 .legend span { padding: .12em .4em; margin-right: .3em; border-radius: 4px }
 .legend b { font-weight: normal; white-space: nowrap; margin-right: 1.6em }
+.legend + .quiet { margin-bottom: 2em }
 .seen { background: #f3f4f6 } .seen:nth-child(2n) { background: #e5e7eb }
 .label { background: #c6f2d1 } .label:nth-child(2n) { background: #9fe3b2 }
 .tokens .image { background: #cfe2ff; padding: .12em .5em; border-radius: 8px }

@@ -108,11 +108,22 @@ def run_chunks(
 ) -> Iterator:
     """What `examine` finds in each chunk of `size` values, in order, with a progress bar."""
     chunks = [values[start : start + size] for start in range(0, len(values), size)]
-    found = pool.map(examine, chunks)
+    with delay_ctrl_c():
+        found = pool.map(examine, chunks)
     with tqdm(total=len(values), desc=f"examine {unit}s", unit=unit) as progress:
         for chunk, part in zip(chunks, found):
             yield part
             progress.update(len(chunk))
+
+
+@contextmanager
+def delay_ctrl_c() -> Iterator[None]:
+    """While processes start: Python loses a Ctrl-C that comes while it forks."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    yield
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def follow_main() -> None:

@@ -5,12 +5,16 @@ import json
 import os
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from common.errors import UserError
+from dataset.clean import run
+from dataset.clean.settings import Settings
 from dataset.mixture import open_data
 from scripts.bench.clean import COPIES, plant, score
 from tests.dataset.test_rows import write_parquet, write_zip
@@ -102,10 +106,15 @@ def test_every_row_is_kept_or_rejected_with_its_reason(raw, tmp_path, processor)
         json.loads(line) for line in (tmp_path / "clean/rejects.jsonl").read_text().splitlines()
     ]
     assert {reject["row"]: reject["reason"] for reject in rejects} == {
-        41: "image is nearly a copy", 42: "image is a copy", 43: "image damaged", 44: "image missing",
-        45: "image path leaves its folder", 47: "text is repeated", 53: "answer is boilerplate", 54: "answer is boilerplate",
-        55: "not a JSON object", 56: "not a JSON object", 57: "not a JSON object",
-    }  # fmt: skip
+        41: "image is nearly a copy",
+        42: "image is a copy",
+        43: "image damaged",
+        44: "image missing",
+        45: "image path leaves its folder",
+        47: "text is repeated",
+        **dict.fromkeys((53, 54), "answer is boilerplate"),
+        **dict.fromkeys((55, 56, 57), "not a JSON object"),
+    }
     original = (raw / "raw.jsonl").read_bytes().decode("utf-8", "backslashreplace").splitlines()
     original = [line for line in original if line]
     assert all(reject["line"] == original[reject["row"] - 1] for reject in rejects)
@@ -124,7 +133,11 @@ def test_every_row_is_kept_or_rejected_with_its_reason(raw, tmp_path, processor)
         and page.count("data:image/jpeg") > 12
         and "http" not in page
     )
-    assert not (tmp_path / "clean/.work").exists()
+    names = {path.name for path in (tmp_path / "clean").iterdir()}
+    assert names == {
+        "train.jsonl", "val.jsonl", "rejects.jsonl", "images", "report.json", "report.html"
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["clean"]
     for part in ("train", "val"):
         data = open_data(
             [str(tmp_path / f"clean/{part}.jsonl")],
@@ -161,79 +174,115 @@ def test_validation_shares_no_picture_with_training(raw, tmp_path):
     )
 
 
-def test_stopped_at_any_moment_it_goes_on_and_the_result_is_the_same(raw, tmp_path):
-    """Whatever the number of processes, and from a .zip as from a folder."""
+def start_clean(raw: Path, out: Path, *flags):
+    """The same, left running in a process group of its own."""
+    command = ("-m", "dataset.clean", raw / "raw.jsonl", out, "--images", raw / "images", *flags)
+    return start_script(*command, "--max_repeats", "3", start_new_session=True)
+
+
+def wait_for(process, folder: Path, pattern: str) -> None:
+    """Wait for a file in the hidden folder, or for the end of the process."""
+    while process.poll() is None and not any(folder.glob(pattern)):
+        time.sleep(0.002)
+
+
+def test_interrupted_at_any_moment_it_starts_anew_and_the_result_is_the_same(raw, tmp_path):
+    """Whatever the number of processes."""
     clean(raw, tmp_path / "whole", "--processes", "1")
     expected = text_of(tmp_path / "whole")
-    command = (
-        "-m",
-        "dataset.clean",
-        raw / "raw.jsonl",
-        tmp_path / "stopped",
-        "--images",
-        raw / "images",
-        "--max_repeats",
-        "3",
-    )
-    work = tmp_path / "stopped/.work"
-    for milestone in (
-        "settings.json",
-        "keys.npy",
-        "rows-000000.npz",
-        "images.npy",
-        "images-000000.npz",
-    ):
-        process = start_script(*command, "--processes", "2", start_new_session=True)
-        while process.poll() is None and not (work / milestone).is_file():
-            time.sleep(0.002)
+    out, hidden = tmp_path / "out", tmp_path / ".out.partial"
+    n_interrupted = 0
+    for milestone in ("work", "work/rows.jsonl", "work/*.bin", "train.jsonl"):
+        process = start_clean(raw, out, "--processes", "2")
+        wait_for(process, hidden, milestone)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    if not (
-        tmp_path / "stopped/report.html"
-    ).is_file():  # it may have been faster than the last signal
-        printed = clean(raw, tmp_path / "stopped", "--processes", "3")
-        assert "going on with the cleaning" in printed
-    stopped = text_of(tmp_path / "stopped")
-    assert stopped.keys() == expected.keys()
-    differing = [name for name in expected if stopped[name] != expected[name]]
+        printed, _ = process.communicate()
+        assert ("was interrupted; starting anew" in printed) == (n_interrupted > 0)
+        if not out.exists():  # it may have been faster than the last signal
+            n_interrupted += 1
+    assert n_interrupted >= 3
+    if not out.exists():
+        out.mkdir()  # an empty folder is welcome
+        printed = clean(raw, out, "--processes", "3")
+        assert f"an earlier cleaning into {out} was interrupted; starting anew" in printed
+    found = text_of(out)
+    assert found.keys() == expected.keys()
+    differing = [name for name in expected if found[name] != expected[name]]
     assert differing == ["report.json"], "which names the folder"
-    finished = run_script(*command[:3], tmp_path / "stopped")
+    assert not hidden.exists()
+    finished = run_script("-m", "dataset.clean", raw / "raw.jsonl", out)
     assert finished.returncode == 2 and "is not empty: choose a new folder" in finished.stdout
 
 
+def test_a_zip_gives_the_same_as_a_folder(raw, tmp_path):
+    for path in (raw / "images").rglob("*.*"):
+        with zipfile.ZipFile(tmp_path / "images.zip", "a") as archive:
+            archive.write(path, path.relative_to(raw / "images"))
+    clean(raw, tmp_path / "folder")
+    clean(raw, tmp_path / "zip", "--images", tmp_path / "images.zip")
+    expected, found = text_of(tmp_path / "folder"), text_of(tmp_path / "zip")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        # Reports and the details of rejects name the archive.
+        assert found[name] == expected[name] or name.startswith("re"), name
+
+
 def test_no_process_outlives_a_killed_cleaning(raw, tmp_path):
-    process = start_script(
-        "-m", "dataset.clean", raw / "raw.jsonl", tmp_path / "clean", "--images", raw / "images"
-    )
-    while process.poll() is None and not (tmp_path / "clean/.work/rows-000000.npz").is_file():
-        time.sleep(0.002)
+    process = start_clean(raw, tmp_path / "clean")
+    wait_for(process, tmp_path / ".clean.partial", "work/rows.jsonl")
     process.kill()
     process.communicate(timeout=20)  # the workers hold its standard output open while they live
 
 
 def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
-    command = (
-        "-m",
-        "dataset.clean",
-        raw / "raw.jsonl",
-        tmp_path / "clean",
-        "--images",
-        raw / "images",
-    )
-    process = start_script(
-        *command, "--processes", "2", "--keep_repeats", "--keep_duplicates", start_new_session=True
-    )
-    while process.poll() is None and not (tmp_path / "clean/.work/keys.npy").is_file():
-        time.sleep(0.002)
+    flags = ("--keep_repeats", "--keep_duplicates")
+    process = start_clean(raw, tmp_path / "clean", "--processes", "2", *flags)
+    wait_for(process, tmp_path / ".clean.partial", "work/rows.jsonl")
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate()
-    assert (
-        process.returncode == 130 and printed.endswith("stopped\n") and "Traceback" not in printed
-    ), printed
-    printed = clean(raw, tmp_path / "all", "--keep_repeats", "--keep_duplicates")
-    assert (
-        "text is repeated" not in printed and "copy" not in printed and "image damaged" in printed
-    )
+    assert process.returncode == 130 and printed.endswith("stopped\n"), printed
+    assert "Traceback" not in printed
+    assert not any(tmp_path.iterdir()), "nothing is left of it"
+    printed = clean(raw, tmp_path / "all", *flags)
+    assert "text is repeated" not in printed and "copy" not in printed
+    assert "image damaged" in printed
+
+
+def die(*arguments) -> None:
+    os._exit(9)
+
+
+def fill_the_disk(*arguments) -> None:
+    raise OSError(28, "No space left on device", "rows.jsonl")
+
+
+def test_a_dead_worker_and_a_full_disk_are_one_line_and_leave_nothing(raw, tmp_path, monkeypatch):
+    settings = Settings(str(raw / "raw.jsonl"), str(tmp_path / "out"), str(raw / "images"))
+    for name, failure, message in (
+        ("examine_rows", die, "a process died, perhaps for want of memory"),
+        ("examine_pictures", fill_the_disk, "No space left on device.*free some space"),
+        ("write_set", fill_the_disk, "No space left on device.*free some space"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, name, failure)
+            with pytest.raises(UserError, match=message) as raised:
+                run.clean(settings)
+        assert "\n" not in str(raised.value) and not any(tmp_path.iterdir())
+
+
+def test_two_pictures_never_share_a_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = ("a.png", "a.png.jpg")
+    for index, name in enumerate(names):
+        picture(index, (128, 128)).save(tmp_path / "images" / name, "PNG")
+    turns = [user("<image>?"), assistant("Is it?")]
+    write_rows(tmp_path / "raw.jsonl", [{"image": n, "conversations": turns} for n in names * 2])
+    clean(tmp_path, tmp_path / "clean", "--val_share", "0", "--max_repeats", "9")
+    rows = map(json.loads, (tmp_path / "clean/train.jsonl").read_text().splitlines())
+    written = [row["image"] for row in rows]
+    assert written == ["a.png.jpg", "a.png.jpg.1.jpg"] * 2
+    images = [Image.open(tmp_path / "clean/images" / name).tobytes() for name in written[:2]]
+    assert images[0] != images[1]
 
 
 def test_parquet_in_and_out(tmp_path, processor):
@@ -297,7 +346,7 @@ def test_what_stops_a_cleaning_is_said_in_one_line(tmp_path):
         ((tmp_path / "rows.jsonl", tmp_path), "is not empty: choose a new folder"),
         (
             (tmp_path / "rows.jsonl", tmp_path / "x", "--val_share", "2"),
-            "--val_share is 2.0: it has to be from 0 to 0.5",
+            "--val_share is 2.0: it can be at most 0.5",
         ),
     ):
         finished = run_script("-m", "dataset.clean", *command)

@@ -1,8 +1,6 @@
 """Parts of a cleaning: repairs of text and turns, fingerprints of pictures."""
 
 import io
-import os
-import resource
 
 import numpy as np
 import pytest
@@ -11,11 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import BadSampleError
-from dataset.clean.decide import count_repairs, read_chunks
 from dataset.clean.duplicates import MAX_DISTANCE, find_duplicates, near_hashes
-from dataset.clean.pictures import examine_image, shrink
-from dataset.clean.repair import Limits, check_answers, repair_conversation, repair_text
-from dataset.clean.stages import save_arrays
+from dataset.clean.examine import PICTURE, examine_picture, shrink
+from dataset.clean.repair import check_answers, repair_conversation, repair_text
+from dataset.clean.settings import Settings
 from model.processing import IMAGE_TAG, check_conversation, match_image_tags
 from tests.helpers import assistant, picture, user
 
@@ -97,11 +94,11 @@ def test_repairs_of_turns():
 
 def test_limits_of_answers():
     rows = [user("Q"), assistant("Ein Hund läuft über die grüne Wiese und bellt laut.")]
-    assert check_answers(rows, Limits(languages=("de",))) and check_answers(rows, Limits())
+    assert check_answers(rows, Settings(languages=["de"])) and check_answers(rows, Settings())
     for limits, reason in (
-        (Limits(languages=("en", "zh")), "other language"),
-        (Limits(min_answer=60), "answer too short"),
-        (Limits(max_answer=20), "answer too long"),
+        (Settings(languages=["en", "zh"]), "other language"),
+        (Settings(min_answer=60), "answer too short"),
+        (Settings(max_answer=20), "answer too long"),
     ):
         with pytest.raises(BadSampleError, match=reason):
             check_answers(rows, limits)
@@ -127,66 +124,47 @@ def test_the_search_for_near_hashes_misses_none(hashes, random):
 
 
 def test_a_copy_is_of_a_picture_that_stays():
-    """No chain: each picture is near the one before, the last is far from the first. Companions are no copies."""
-    hashes = np.array([0b0, 0b11111, 0b11111_11111, 2**63 - 1, 0b0], np.uint64)
-    digests = np.array([1, 2, 3, 4, 1], np.uint64)
-    thumbnails = np.zeros((5, 8, 8, 3), np.uint8)
-    none = np.empty((0, 2), np.int64)
-    repeats, is_near = find_duplicates(digests, hashes, thumbnails, none)
-    assert repeats.tolist() == [-1, 0, -1, -1, 0] and is_near.tolist() == [
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
-    repeats, _ = find_duplicates(digests, hashes, thumbnails, np.array([[1, 0], [0, 4]]))
-    assert repeats.tolist() == [-1, -1, 1, -1, -1]
-    thumbnails[1, 3, 3, 0] = 200  # of the same pattern in another colour
-    assert find_duplicates(digests, hashes, thumbnails, none)[0].tolist() == [-1, -1, -1, -1, 0]
+    """No chain: each picture is near the one before, the last is far from the first."""
+    pictures = np.zeros(5, PICTURE)
+    pictures["hash"] = [0b0, 0b11111, 0b11111_11111, 2**63 - 1, 0b0]
+    pictures["digest"] = [1, 2, 3, 4, 1]
+    everyone = np.arange(5)
+    repeats, is_near = find_duplicates(pictures, everyone, set())
+    assert repeats.tolist() == [-1, 0, -1, -1, 0]
+    assert is_near.tolist() == [False, True, False, False, False]
+    # a damaged picture is compared with none
+    repeats, _ = find_duplicates(pictures, np.array([1, 2, 4]), set())
+    assert repeats.tolist() == [-1, -1, 1, -1, 1]
+    # those of one row are no copies of each other
+    together = {(1, 0), (0, 1), (0, 4), (4, 0)}
+    assert find_duplicates(pictures, everyone, together)[0].tolist() == [-1, -1, 1, -1, -1]
+    # the same pattern in another color
+    pictures["thumbnail"][1, 3, 3, 0] = 200
+    assert find_duplicates(pictures, everyone, set())[0].tolist() == [-1, -1, -1, -1, 0]
 
 
 def test_pictures_are_made_small_and_left_alone_where_they_are():
+    def examine(content: bytes, **limits) -> tuple[bytes, np.void]:
+        found = np.zeros(1, PICTURE)[0]
+        return examine_picture(io.BytesIO(content), Settings(**limits), found), found
+
     buffer = io.BytesIO()
     picture(size=(128, 128)).save(buffer, "JPEG", quality=40)
-    kept = examine_image(io.BytesIO(buffer.getvalue()), Limits(), 128)
-    assert kept.encoded == buffer.getvalue() and kept.size == (128, 128)
-    small = Image.open(
-        io.BytesIO(examine_image(io.BytesIO(buffer.getvalue()), Limits(), 64).encoded)
-    )
+    jpeg = buffer.getvalue()
+    kept, found = examine(jpeg)
+    assert kept == jpeg and found["size"].tolist() == [128, 128] and found["digest"] > 0
+    small = Image.open(io.BytesIO(examine(jpeg, size=64)[0]))
     assert small.size == (64, 64) and small.format == "JPEG"
-    png = io.BytesIO()
-    picture(size=(200, 120)).convert("RGBA").save(png, "PNG")
-    assert Image.open(io.BytesIO(shrink(picture(size=(200, 120)), png.getvalue(), 0))).size == (
-        200,
-        120,
-    )
-    for content, reason in (
-        (buffer.getvalue()[: len(buffer.getvalue()) // 2], "image damaged"),
-        (b"no picture", "image damaged"),
+    buffer = io.BytesIO()
+    picture(size=(200, 120)).convert("RGBA").save(buffer, "PNG")
+    png = buffer.getvalue()
+    whole = Image.open(io.BytesIO(shrink(picture(size=(200, 120)), png, 0)))
+    assert whole.size == (200, 120) and whole.format == "JPEG"
+    for content, limits, reason in (
+        (jpeg[: len(jpeg) // 2], {}, "image damaged"),
+        (b"no picture", {}, "image damaged"),
+        (png, {"min_side": 121}, "image too small"),
+        (png, {"max_aspect": 1.5}, "image too narrow"),
     ):
-        assert examine_image(io.BytesIO(content), Limits(), 128).reason == reason
-    assert (
-        examine_image(io.BytesIO(png.getvalue()), Limits(min_side=121), 0).reason
-        == "image too small"
-    )
-    assert (
-        examine_image(io.BytesIO(png.getvalue()), Limits(max_aspect=1.5), 0).reason
-        == "image too narrow"
-    )
-
-
-def test_chunks_may_be_more_than_files_that_can_be_open(tmp_path):
-    for chunk in range(300):
-        save_arrays(
-            tmp_path / f"rows-{chunk:06d}.npz",
-            number=np.array([chunk]),
-            repairs=np.array('{"x": 1}'),
-        )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
-    try:
-        assert read_chunks(tmp_path, "rows", ("number",))["number"].tolist() == list(range(300))
-        assert count_repairs(tmp_path) == {"x": 300}
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with pytest.raises(BadSampleError, match=reason):
+            examine(content, **limits)

@@ -1,11 +1,12 @@
-"""The preview: what it counts, where it says that rows are broken, what its sheet shows."""
+"""The preview: what it counts, where it says that rows are broken, what its page shows."""
 
 import io
 import json
 import random
 import re
 import zipfile
-from itertools import pairwise
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,28 +14,27 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageColor
 
 from common.errors import BadSampleError, run_command
 from dataset.language import UNSURE, detect_language
 from dataset.preview import __main__ as preview
+from dataset.preview import checks
 from dataset.preview.contact_sheet import (
-    CUT_SHADES,
-    HEADER,
+    CUT,
+    GAP,
     IMAGE,
-    LEARNED,
+    LABEL,
     LINE_BREAK,
     MARK,
-    SHADES,
+    SEEN,
     Piece,
     Sample,
-    draw_sheet,
-    lay_out,
-    load_font,
     shorten,
     split_pieces,
+    write_sheet,
 )
-from dataset.vlm_dataset import open_rows
+from dataset.rows import open_rows
+from model.processing import count_labels
 from tests.helpers import (
     N_PATCHES,
     ROOT,
@@ -78,7 +78,7 @@ def test_lengths_and_what_cutting_costs(tmp_path_factory, processor, pairs, max_
         tmp_path_factory.mktemp("rows") / "rows.jsonl", [row(None, *pair) for pair in pairs]
     )
     rows = open_rows(path, None)
-    measured = preview.measure_rows(rows, preview.check_rows(rows).usable, processor, max_seq_len)
+    measured = checks.count_tokens(rows, checks.check_rows(rows).usable, processor, max_seq_len)
     n_labels, n_kept = [], []
     for number, (question, answer) in enumerate(pairs):
         ids = processor.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)[
@@ -138,7 +138,7 @@ def test_the_printed_numbers(tmp_path, monkeypatch, capsys, processor):
     tokens = np.array([len(one["labels"]) for one in encoded])
     labels = np.array([(one["labels"] != -100).sum() for one in encoded])
     kept = np.array([(one["labels"][:70] != -100).sum() for one in encoded])  # no image lies beyond
-    for name, lengths in (("tokens per row", tokens), ("learned of them", labels)):
+    for name, lengths in (("tokens per row", tokens), ("label tokens", labels)):
         numbers = [int(text) for text in re.search(rf"{name}(.*)", printed)[1].split()]
         assert (
             np.abs(
@@ -147,10 +147,8 @@ def test_the_printed_numbers(tmp_path, monkeypatch, capsys, processor):
             <= 0.5
         )
     assert 0 < (tokens > 70).mean() < 1 and kept.all()
-    assert (
-        f"cut at 70        {(tokens > 70).mean():.1%} of the rows, {1 - kept.sum() / labels.sum():.1%} of what"
-        in printed
-    )
+    cut, lost = (tokens > 70).mean(), 1 - kept.sum() / labels.sum()
+    assert f"cut at 70        {cut:.1%} of the rows, {lost:.1%} of the label tokens" in printed
     _, printed = run(
         monkeypatch,
         capsys,
@@ -164,10 +162,10 @@ def test_the_printed_numbers(tmp_path, monkeypatch, capsys, processor):
         0,
     )
     assert (
-        "100.0% of the rows, 100.0% of what" in printed
+        "100.0% of the rows, 100.0% of the label" in printed
         and "40 rows (100.0%) have no answer left" in printed
     )
-    assert not (ROOT / "out/preview_rows.png").exists()
+    assert not (ROOT / "out/preview_rows.html").exists()
 
 
 def test_broken_rows_are_named_by_their_place(tmp_path, monkeypatch, capsys):
@@ -175,11 +173,20 @@ def test_broken_rows_are_named_by_their_place(tmp_path, monkeypatch, capsys):
     picture().save(tmp_path / "images/a.png")
     (tmp_path / "images/torn.png").write_bytes((tmp_path / "images/a.png").read_bytes()[:200])
     lines = [
-        row("a.png", "<image>?", "红"), "", row("missing.png", "<image>?", "x"), '{"image": ', "", '"text"',
-        row("torn.png", "<image>?", "x"), row("../a.png", "<image>?", "x"), row("a.png", "?", "x"), [1, 2],
-        *[row(None, "?", " ")] * 5, row("a.png\u2028\x1b.png", "<image>?", "x"),
+        row("a.png", "<image>?", "红"),
+        "",
+        row("missing.png", "<image>?", "x"),
+        '{"image": ',
+        "",
+        '"text"',
+        row("torn.png", "<image>?", "x"),
+        row("../a.png", "<image>?", "x"),
+        row("a.png", "?", "x"),
+        [1, 2],
+        *[row(None, "?", " ")] * 5,
+        row("a.png\u2028\x1b.png", "<image>?", "x"),
         row(None, "?", "\ud83d"),
-    ]  # fmt: skip
+    ]
     lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -242,12 +249,12 @@ def test_rows_of_a_parquet_file(tmp_path, monkeypatch, capsys):
     )
     for place in ("row 3 ", "row 5 ", "row 6\n"):
         assert place in printed
-    assert (tmp_path / "preview_rows.png").is_file()
+    assert (tmp_path / "preview_rows.html").is_file()
 
 
 def test_a_large_file_is_sampled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preview, "MOST_MEASURED", 30)
-    monkeypatch.setattr(preview, "MOST_OPENED", 20)
+    monkeypatch.setattr(checks, "MOST_COUNTED", 30)
+    monkeypatch.setattr(checks, "MOST_OPENED", 20)
     rows = [row(f"{number}.png", "<image>?", "red") for number in range(100)]
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for number in range(100):
@@ -262,7 +269,7 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch, capsys):
     assert (
         "those of 20 random rows were opened" in printed and "in 30 random usable rows" in printed
     )
-    assert not list(tmp_path.glob("*.png")), "nothing to draw"
+    assert not list(tmp_path.glob("*.html")), "nothing to show"
     assert run(monkeypatch, capsys, *arguments)[1] == printed, "the same seed"
     assert run(monkeypatch, capsys, *arguments, "--seed", 1)[1] != printed
 
@@ -314,113 +321,109 @@ def test_pieces_are_the_tokens_in_whole_characters(processor, question, answer, 
     pieces = split_pieces(sample, 10**6, processor)
     assert sum(piece.n_tokens for piece in pieces) == len(sample["input_ids"])
     assert (
-        sum(piece.n_tokens for piece in pieces if piece.kind == LEARNED)
+        sum(piece.n_tokens for piece in pieces if piece.kind == LABEL)
         == (sample["labels"] != -100).sum()
     )
     assert sum(piece.kind == IMAGE for piece in pieces) == n_images
-    assert "".join(piece.text for piece in pieces if piece.kind == LEARNED) == answer + "</s>"
+    assert "".join(piece.text for piece in pieces if piece.kind == LABEL) == answer + "</s>"
     text = "".join(piece.text for piece in pieces if piece.kind != IMAGE)
     assert "\ufffd" not in text and question.replace("\n", "") in text.replace("\n", "")
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(texts.map(lambda text: Piece(text, 1, LEARNED)), max_size=30), st.integers(100, 400)
-)
-def test_lines_hold_everything_side_by_side(pieces, width):
-    placed = lay_out(pieces, lambda text: 10 * len(text), width)
-    shown = "".join(one.text for one in placed).replace(LINE_BREAK, "\n")
-    assert shown == "".join(piece.text for piece in pieces)
-    for one, after in pairwise(placed):
-        starts_line = after.line == one.line + 1 and after.x == 0
-        assert starts_line or (after.line == one.line and after.x == one.x + one.width)
-        assert one.text != LINE_BREAK or starts_line
-    assert all(one.x == 0 or one.text == LINE_BREAK or one.x + one.width <= width for one in placed)
-
-
-def test_a_line_ends_before_a_word():
-    """A word of several tokens stays together, unless it is longer than a line."""
-    tokens = ["aa", " wa", "ter", "melon", ".", " 一", "二三", "x" * 30, "y" * 30]
-    placed = lay_out([Piece(token, 1, LEARNED) for token in tokens], len, 13)
-    assert [(one.text, one.line) for one in placed[:7]] == [
-        ("aa", 0), (" wa", 1), ("ter", 1), ("melon", 1), (".", 1), (" 一", 2), ("二三", 2),
-    ]  # fmt: skip
-
-
-def test_a_turn_starts_on_the_line_of_its_role():
-    tokens = [
-        "<s>",
-        "user",
-        "\n",
-        "hi",
-        "\n",
-        "there",
-        "</s>",
-        "\n",
-        "<s>",
-        "assistant",
-        "\n",
-        "yes",
-    ]
-    placed = lay_out(
-        [Piece(token, 1, MARK if "s>" in token else LEARNED) for token in tokens], len, 99
-    )
-    assert [one.line for one in placed] == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-
-
 def test_a_long_row_is_shortened():
-    pieces = [Piece(str(number), 2, LEARNED) for number in range(1000)]
+    pieces = [Piece(str(number), 2, LABEL) for number in range(3000)]
     short = shorten(pieces)
-    assert len(short) < 300 and short[0] == pieces[0] and short[-1] == pieces[-1]
-    assert sum(piece.n_tokens for piece in short) == 2000
-    assert any("…" in piece.text and f"{piece.n_tokens:,} tokens" in piece.text for piece in short)
+    assert len(short) < 900 and short[0] == pieces[0] and short[-1] == pieces[-1]
+    assert sum(piece.n_tokens for piece in short) == 6000
+    gap = [piece for piece in short if piece.kind == GAP]
+    assert len(gap) == 1 and gap[0].text == f" … {gap[0].n_tokens:,} tokens … "
     assert shorten(pieces[:100]) == pieces[:100]
 
 
-def count_pixels(sheet: Image.Image, shades: tuple[str, ...], top: int) -> int:
-    """Pixels of these colours below `top`, where the legend ends."""
-    pixels = np.asarray(sheet)[top:]
-    return sum(int((pixels == ImageColor.getrgb(shade)).all(axis=2).sum()) for shade in shades)
+class Page(HTMLParser):
+    """What a page shows: (class, tokens, text) of the spans of each row, tags, attributes."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.rows, self.tags, self.attributes, self.is_token = [], [], [], False
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+        attributes = dict(attributes)
+        if attributes.get("class") == "tokens":
+            self.rows.append([])
+        self.is_token = tag == "span" and self.rows != []
+        if self.is_token:
+            n_tokens = int(attributes.get("title", "1 token").split()[0])
+            self.rows[-1].append((attributes["class"], n_tokens, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_token = False
+
+    def handle_data(self, text: str) -> None:
+        if self.is_token:
+            kind, n_tokens, before = self.rows[-1][-1]
+            self.rows[-1][-1] = (kind, n_tokens, before + text)
+
+    def count(self, kind: str) -> int:
+        return sum(n_tokens for row in self.rows for one, n_tokens, _ in row if one == kind)
+
+    def text(self, *kinds: str) -> str:
+        return "".join(text for row in self.rows for kind, _, text in row if kind in kinds)
 
 
-def draw(processor, question: str, answer: str, max_seq_len: int = 640) -> Image.Image:
-    conversation = row(None, question, answer)
-    n_images = question.count("<image>")
-    whole, n_kept, _ = preview.encode_and_cut(conversation, n_images, processor, max_seq_len)
+def show_page(processor, path: Path, question: str, answer: str, max_seq_len: int = 640) -> Page:
+    conversation, n_images = row(None, question, answer), question.count("<image>")
+    whole, n_kept, _ = checks.encode_and_cut(conversation, n_images, processor, max_seq_len)
     sample = Sample("line 1", [picture()] * n_images, split_pieces(whole, n_kept, processor))
-    return draw_sheet([sample], "rows.jsonl", "", N_PATCHES, max_seq_len)
+    write_sheet(path, "<b>rows</b>.jsonl", "about", [sample], f"--max_seq_len {max_seq_len}")
+    return Page(path)
 
 
-def test_green_is_what_is_learned_and_red_what_is_cut(processor):
-    short, long = (
-        draw(processor, "<image>What color?", answer) for answer in ("red", "red and blue " * 8)
+@settings(max_examples=60, deadline=None)
+@given(texts, texts.filter(str.strip), st.integers(0, 2), st.integers(20, 120))
+def test_green_is_what_the_loss_counts_and_red_what_is_cut(
+    processor, tmp_path_factory, question, answer, n_images, max_seq_len
+):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    question = "<image>" * n_images + question
+    whole, n_kept, n_labels_kept = checks.encode_and_cut(
+        row(None, question, answer), n_images, processor, max_seq_len
     )
-    n_short, n_long = (count_pixels(sheet, SHADES[LEARNED], HEADER) for sheet in (short, long))
-    assert 200 < n_short < n_long / 4
-    assert count_pixels(long, CUT_SHADES, HEADER) == 0 < count_pixels(long, SHADES[IMAGE], HEADER)
-    half = draw(processor, "<image>What color?", "red and blue " * 8, max_seq_len=60)
-    assert n_short < count_pixels(half, SHADES[LEARNED], HEADER) < n_long
-    assert count_pixels(half, CUT_SHADES, HEADER) > 200
-    nothing = draw(processor, "<image>What color?", "red and blue", max_seq_len=20)
-    assert (
-        count_pixels(nothing, SHADES[LEARNED], HEADER)
-        == 0
-        < count_pixels(nothing, CUT_SHADES, HEADER)
-    )
+    n_tokens = len(whole["labels"])
+    page = show_page(processor, path, question, answer)
+    assert page.count(LABEL) == count_labels(whole["labels"]) and page.count(CUT) == 0
+    assert page.text(LABEL) == (answer + "</s>").replace("\n", f"{LINE_BREAK}\n")
+    assert page.count(IMAGE) == n_images * N_PATCHES and page.tags.count("img") == n_images
+    assert sum(map(page.count, (LABEL, IMAGE, SEEN, MARK))) == n_tokens
+    # the tokens of one character may lie on both sides of the cut
+    page = show_page(processor, path, question, answer, max_seq_len)
+    tolerance = 3 * (0 < n_kept < n_tokens)
+    assert abs(page.count(CUT) - (n_tokens - n_kept)) <= tolerance
+    assert abs(page.count(LABEL) - n_labels_kept) <= tolerance
 
 
-def test_chinese_is_drawn_and_what_the_font_lacks_is_a_box(processor):
-    font = load_font(20)
-    glyphs = {character: bytes(font.getmask(character)) for character in "狗饕餮a，⏎…×·\U0010ffff"}
-    assert len(set(glyphs.values())) == len(glyphs), "ten different pictures, the last the box"
-    assert bytes(font.getmask("🐶")) == glyphs["\U0010ffff"]
-    dogs, cats = (np.asarray(draw(processor, "?", character * 5)) for character in "狗猫")
-    assert dogs.shape == cats.shape and (dogs != cats).any()
-    draw(
-        processor,
-        "<image>" * 12 + "\t\r\x00\u200d\ue000\u202e\u0e01",
-        "👨‍👩‍👧 \x1b[0m ﷽ e\u0301" * 3,
+def test_whatever_people_write_is_shown_as_text(processor, tmp_path):
+    hostile = (
+        '</span></div><script>alert(1)</script><img src="http://x/" onerror="y()">&amp; &#106;'
     )
+    question = f"<image>{hostile} 狗饕餮，🐶"
+    page = show_page(processor, tmp_path / "page.html", question, f"猫'\"{hostile}</s>")
+    assert hostile in page.text(SEEN) and "狗饕餮，🐶" in page.text(SEEN, MARK)
+    assert page.text(LABEL) == f"猫'\"{hostile}</s></s>"
+    assert page.tags.count("img") == 1 and not {"script", "a", "link"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert names <= {"lang", "charset", "class", "title", "src", "alt", "style"}
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert "&lt;b&gt;rows&lt;/b&gt;.jsonl</h1>" in (tmp_path / "page.html").read_text("utf-8")
+    # what cannot be shown is a box: it could turn the line around, or hide
+    page = show_page(processor, tmp_path / "page.html", "\t\r\x00\u200d\u202e", "e\u0301 ﷽ \x1b[0m")
+    assert "\u202e" not in page.text(SEEN) and page.text(SEEN).count("□") == 3
+    assert page.text(LABEL) == "e\u0301 ﷽ □[0m</s>"
 
 
 def test_the_command(tmp_path):
@@ -433,14 +436,25 @@ def test_the_command(tmp_path):
     )
     text = write_rows(tmp_path / "text.jsonl", [row(None, "?", "好")] * 3)
     finished = run_script(
-        "-m", "dataset.preview", both, text, "--images", tmp_path / "images", "--tokenizer", TOKENIZER, "--out_dir", tmp_path
-    )  # fmt: skip
+        *("-m", "dataset.preview", both, text, "--images", tmp_path / "images"),
+        *("--tokenizer", TOKENIZER, "--out_dir", tmp_path),
+    )
     assert finished.returncode == 0, finished.stdout
     assert (
         "languages        zh 50.0%   en 50.0%" in finished.stdout
         and "images per row   0: 3" in finished.stdout
     )
-    for name in ("both", "text"):
-        with Image.open(tmp_path / f"preview_{name}.png") as sheet:
-            sheet.load()
-            assert sheet.width > 1000 and sheet.format == "PNG"
+    for name, n_pictures in (("both", 1), ("text", 0)):
+        page = Page(tmp_path / f"preview_{name}.html")
+        assert page.tags.count("img") == n_pictures and page.count(LABEL) > 0
+
+
+def test_what_stops_a_preview_is_said_in_one_line(tmp_path):
+    for command, message in (
+        ((tmp_path / "none.jsonl",), "none.jsonl"),
+        ((__file__, "--tokenizer", tmp_path), "no tokenizer in"),
+        ((__file__, "--samples", "-1"), "--samples is -1: it has to be at least 0"),
+    ):
+        finished = run_script("-m", "dataset.preview", *command)
+        assert finished.returncode == 2 and message in finished.stdout
+        assert finished.stdout.count("\n") == 1, finished.stdout

@@ -1,0 +1,31 @@
+"""What a preview can be told. Each field is a flag, but for `data`."""
+
+from dataclasses import dataclass
+
+from common.flags import check_options, option
+from model.files import TOKENIZER_PATH
+
+
+@dataclass(frozen=True)
+class Settings:
+    """UserError for a value out of range."""
+
+    data: list[str] = option(
+        [], ".jsonl or .parquet files, or patterns, as for training", positional=True
+    )
+    images: list[str] = option(
+        [],
+        "folders or .zips of the images that a .jsonl names: one for all, or one for each file",
+        aliases=("--images_path",),
+    )
+    tokenizer: str = option(TOKENIZER_PATH, "folder of the tokenizer")
+    max_seq_len: int = option(640, "tokens a row is cut at", least=1)
+    n_image_tokens: int | None = option(
+        None, "tokens of an image; if not given, as many as the published models have", least=1
+    )
+    samples: int = option(8, "rows on the contact sheet; 0: no sheet", least=0)
+    seed: int = option(0, "seed of what is drawn at random", least=0)
+    out_dir: str = option("out", "folder of the contact sheets")
+
+    def __post_init__(self):
+        check_options(self)
