@@ -27,6 +27,7 @@ from tests.helpers import (
     run_script,
     small_image_processor,
     small_model,
+    small_vision_encoder,
     start_script,
     user,
     write_rows,
@@ -75,9 +76,13 @@ def test_multi_image_mode_asks_about_a_folder_at_once(setup):
     )
 
 
-def test_images_and_prompt_by_flag(setup):
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_images_and_prompt_by_flag(setup, is_repeated):
+    """`--image a b` and `--image a --image b` are the same."""
     folder, flags = setup
     pictures = ["--image", folder / "pictures/a.png", folder / "pictures/b.png"]
+    if is_repeated:
+        pictures.insert(2, "--image")
     finished = run_script("eval_vlm.py", *flags, *pictures, "--prompt", "What changes?")
     assert finished.returncode == 0, finished.stdout
     assert "[a.png, b.png]" in finished.stdout and "Traceback" not in finished.stdout
@@ -198,7 +203,7 @@ def test_exact_answers_look_at_words_only():
         question("red circle", "red"),
         question("2", "2", "count"),
     ]
-    assert measure_measure_accuracy(questions) == {"overall": 0.75, "color": 2 / 3, "count": 1.0}
+    assert measure_accuracy(questions) == {"overall": 0.75, "color": 2 / 3, "count": 1.0}
 
 
 def test_wrong_images_are_anothers_and_as_many():
@@ -212,7 +217,9 @@ def test_wrong_images_are_anothers_and_as_many():
 
 def test_load_1_reads_a_transformers_directory(setup, tmp_path):
     folder, flags = setup
-    model = small_model(n_heads=8)
+    # Random weights that answer with text, and the vision encoder that `flags` name.
+    model = small_model(seed=7, n_heads=8)
+    model.vision_encoder = small_vision_encoder()
     to_llava(model).save_pretrained(tmp_path / "llava")
     small_image_processor().save_pretrained(tmp_path / "llava")
 
@@ -224,16 +231,16 @@ def test_load_1_reads_a_transformers_directory(setup, tmp_path):
     config = {"model_type": "minimind-v", "auto_map": {"AutoConfig": "evil.Config"}} | sizes
     (published / "config.json").write_text(json.dumps(config))
 
-    ask = ["--image", folder / "pictures/a.png", "--prompt", "What?", "--temperature", "0"]
+    ask = ["--image", folder / "pictures/a.png", "--prompt", "What color?", "--temperature", "0"]
     answers = []
     for directory in (tmp_path / "llava", published):
         load = ["--load", "1", "--transformers_dir", directory]
         finished = run_script("eval_vlm.py", *load, *flags, *ask)
         assert finished.returncode == 0, finished.stdout
         answers += answers_in(finished.stdout)
+        too_long = run_script("eval_vlm.py", *load, *flags, *ask, "--max_seq_len", "20")
+        assert "but the model takes 20 (--max_seq_len)" in too_long.stdout.splitlines()[-1]
     assert len(answers) == 2 and answers[0] == answers[1] != ""
-    too_long = run_script("eval_vlm.py", *load, *flags, *ask, "--max_seq_len", "30")
-    assert "but the model takes 30 (--max_seq_len)" in too_long.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
