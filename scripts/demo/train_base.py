@@ -1,20 +1,21 @@
-"""Train the demo's stand-in for lm_512.pth: a small language model that has read about scenes and never saw one.
+"""Train the demo's stand-in for lm_512.pth: a small language model that has read about scenes.
 
-    python -m scripts.demo.train_base             # about 35 minutes on 2 cores; writes model/demo/lm_128.pth
+    python -m scripts.demo.train_base      # 35 minutes on 2 cores; writes model/demo/lm_128.pth
 
-It reads dialogues about scenes in words. A picture is a text of cells, most of them " ."; a cell with a thing says all its
-words *at once* (" large red circle C5" at one position: the sum of the embeddings). So each thing is one position,
-as it is among the 196 patches of the vision encoder, and the demo's pretraining has a dictionary to learn, nothing more. Cells
-are few at first, 196 in the end. Only training combinations occur. Run scripts/train_demo_tokenizer.py first. Seeded: the same
+It reads dialogues about scenes in words. A picture is a text of cells, most of them " ."; a cell
+with a thing says all its words *at once*: " large red circle C5" at one position, as the sum of the
+embeddings. So each thing is one position, as it is among the 196 patches of the vision encoder, and
+the demo's pretraining has a dictionary to learn, nothing more. Cells are few at first, 196 in the
+end. Only training combinations occur. Run scripts.demo.train_tokenizer first. Seeded: the same
 machine and number of threads give the same file again.
 """
 
 import argparse
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).parents[2]
 
 import torch
 import torch.nn.functional as F
@@ -22,32 +23,36 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from common.files import write_text
 from dataset.scenes.scene import GRID, Scene
 from dataset.scenes.text import QUESTION_TYPES, describe_thing
 from dataset.scenes.write import DIALOGUE_TYPES, dialogue_row, eval_row, text_row
-from model.LMConfig import IMAGE_TOKEN, VLMConfig
+from model.files import info_path
+from model.LMConfig import IMAGE_TOKEN, LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 from model.processing import IGNORE_INDEX, VLMProcessor, check_conversation, load_tokenizer
-from model.weights import save_atomically
-from scripts.demo.__main__ import DIM, N_LAYERS, STAND_INS
+from model.weights import describe_config, save_atomically
 
+DIM, N_LAYERS = 128, 6
+TOKENIZER, VISION_MODEL = "model/demo/tokenizer", "model/demo/vision_model"
 N_PATCHES = GRID * GRID
+# Batches drawn together and sorted by length, so that little is padded.
+POOL = 16
+# Rows whose scenes are described in a sentence, as in the demo's lm_data.jsonl.
+PLAIN_TEXT_SHARE = 0.1
 
 
-class Stage(NamedTuple):
+class Lesson(NamedTuple):
     n_cells: int  # of a picture
     question_types: tuple[str, ...]
-    steps: int
+    n_steps: int
 
 
-STAGES = (  # to find a thing by what is known of it comes first: all other answers are built on that
-    Stage(4, ("color", "color", "shape", "size"), 500),
-    Stage(16, DIALOGUE_TYPES, 3500),
-    Stage(N_PATCHES, DIALOGUE_TYPES, 1700),
-)
-POOL = 16  # batches drawn together and sorted by length, so that little is padded
-PLAIN_TEXT_SHARE = (
-    0.1  # rows whose scenes are described in a sentence, as in the demo's lm_data.jsonl
+# To find a thing by what is known of it comes first: all other answers are built on that.
+LESSONS = (
+    Lesson(4, ("color", "color", "shape", "size"), 500),
+    Lesson(16, DIALOGUE_TYPES, 3500),
+    Lesson(N_PATCHES, DIALOGUE_TYPES, 1700),
 )
 
 
@@ -62,168 +67,192 @@ class SceneReader:
 
     def read(
         self, rng: random.Random, row: dict, scenes: tuple[Scene, ...]
-    ) -> tuple[list[int], list[int], list]:
-        """(input_ids, labels, cells of all scenes as lists of token ids)."""
+    ) -> tuple[list[int], list[int], list[list[int]]]:
+        """(input_ids, labels, token ids of each cell of all scenes)."""
         input_ids, labels = self.processor.encode_turns(check_conversation(row["conversations"]))
         return input_ids, labels, [cell for scene in scenes for cell in self._cells(rng, scene)]
 
     def _cells(self, rng: random.Random, scene: Scene) -> list[list[int]]:
-        """The words of n_cells of the 196 cells, in reading order: all that hold a thing, and some that do not."""
+        """The words of n_cells of the 196 cells: all that hold a thing, and some that do not."""
         things = {thing.patch: thing for thing in scene.things}
-        empty = rng.sample(
-            [cell for cell in range(N_PATCHES) if cell not in things], self.n_cells - len(things)
-        )
-        said = {
+        empty = [cell for cell in range(N_PATCHES) if cell not in things]
+        empty = rng.sample(empty, self.n_cells - len(things))
+        words = {
             cell: self._word_ids(" " + describe_thing(thing, "en"))
             for cell, thing in things.items()
         }
-        return [said.get(cell, self.nothing) for cell in sorted([*things, *empty])]
+        return [words.get(cell, self.nothing) for cell in sorted([*things, *empty])]
 
     def _word_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def collate(
-    samples: list[tuple[list[int], list[int], list]],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """input_ids int64[B, T], labels int64[B, T], cells int64[n, 5] with 0 where a cell says less than five words."""
-    columns = list(zip(*samples))
-    cells = [cell for cells in columns[2] for cell in cells] or [
-        [0]
-    ]  # a batch may be plain text throughout
-    return (
-        pad_sequence([torch.tensor(input_ids) for input_ids in columns[0]], batch_first=True),
+class Batch(NamedTuple):
+    """B dialogues, padded to T tokens."""
+
+    input_ids: torch.Tensor  # int64[B, T]
+    labels: torch.Tensor  # int64[B, T]
+    cells: torch.Tensor  # int64[n, 5], 0: no word
+
+
+def collate(samples: list[tuple[list[int], list[int], list[list[int]]]]) -> Batch:
+    input_ids, labels, cells = (list(column) for column in zip(*samples))
+    # A batch may be plain text throughout.
+    cells = [cell for row in cells for cell in row] or [[0]]
+    return Batch(
+        pad_sequence([torch.tensor(row) for row in input_ids], batch_first=True),
         pad_sequence(
-            [torch.tensor(labels) for labels in columns[1]],
-            batch_first=True,
-            padding_value=IGNORE_INDEX,
+            [torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORE_INDEX
         ),
         pad_sequence([torch.tensor(cell) for cell in cells], batch_first=True),
     )
 
 
-def label_scores(
-    model: MiniMindLM,
-    config: VLMConfig,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    cells: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores float[N, vocab], labels int64[N]) at the positions before a label."""
-    words = model.tok_embeddings.weight
-    spoken = F.embedding_bag(
-        cells, words, mode="sum", padding_idx=0
-    )  # (n, dim): a cell's words at once
-    is_cell = (input_ids == config.image_token_id).unsqueeze(-1)  # (B, T, 1)
-    embeddings = model.tok_embeddings(input_ids).masked_scatter(is_cell, spoken)
-    is_label = labels[:, 1:] != IGNORE_INDEX
-    return model.output(model.run_layers(embeddings)[:, :-1][is_label]), labels[:, 1:][is_label]
-
-
 def sample_batches(
     reader: SceneReader, rng: random.Random, types: tuple[str, ...], batch_size: int
-):
+) -> Iterator[Batch]:
+    """Dialogues without end.
+
+    Args:
+        reader: of the lesson.
+        rng: draws scenes, questions and the order.
+        types: of questions.
+        batch_size: dialogues in a batch.
+    """
     while True:
         samples = []
         for index in range(POOL * batch_size):
             is_plain = rng.random() < PLAIN_TEXT_SHARE
-            samples.append(
-                reader.read(
-                    rng, *(text_row(rng, index) if is_plain else dialogue_row(rng, index, types))
-                )
-            )
+            row, scenes = text_row(rng, index) if is_plain else dialogue_row(rng, index, types)
+            samples.append(reader.read(rng, row, scenes))
         samples.sort(key=lambda sample: len(sample[0]))
-        batches = [
-            samples[start : start + batch_size] for start in range(0, len(samples), batch_size)
-        ]
+        starts = range(0, len(samples), batch_size)
+        batches = [samples[start : start + batch_size] for start in starts]
         rng.shuffle(batches)
         yield from map(collate, batches)
 
 
+def label_logits(
+    model: MiniMindLM, config: VLMConfig, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits float[n, vocab_size], labels int64[n]) of the label tokens."""
+    # a cell's words at once: (cells, dim)
+    words = model.tok_embeddings.weight
+    summed = F.embedding_bag(batch.cells, words, mode="sum", padding_idx=0)
+    is_cell = (batch.input_ids == config.image_token_id).unsqueeze(-1)  # (B, T, 1)
+    embeddings = model.tok_embeddings(batch.input_ids).masked_scatter(is_cell, summed)
+    labels = batch.labels[:, 1:]
+    is_label = labels != IGNORE_INDEX
+    return model.output(model.run_layers(embeddings)[:, :-1][is_label]), labels[is_label]
+
+
 @torch.no_grad()
-def accuracies(model: MiniMindLM, reader: SceneReader, n_rows: int) -> str:
+def describe_accuracy(model: MiniMindLM, reader: SceneReader, n_rows: int) -> str:
     """Exact answers about held-out scenes, given the right words so far."""
     rng = random.Random(999)
     right = dict.fromkeys(QUESTION_TYPES, 0)
     for index in range(n_rows):
         row, scenes = eval_row(rng, index)
-        scores, labels = label_scores(
-            model, reader.config, *collate([reader.read(rng, row, scenes)])
-        )
-        right[row["type"]] += bool((scores.argmax(-1) == labels).all())
+        batch = collate([reader.read(rng, row, scenes)])
+        logits, labels = label_logits(model, reader.config, batch)
+        right[row["type"]] += bool((logits.argmax(-1) == labels).all())
     shares = ", ".join(f"{name} {100 * len(right) * n / n_rows:.0f}" for name, n in right.items())
-    return (
-        f"held-out, {reader.n_cells} cells: {100 * sum(right.values()) / n_rows:.1f} % ({shares})"
+    overall = 100 * sum(right.values()) / n_rows
+    return f"held-out, {reader.n_cells} cells: {overall:.1f} % ({shares})"
+
+
+def trapezoid(step: int, total_steps: int) -> float:
+    """Factor of the learning rate: up in 50 steps, level, down in the last sixth."""
+    return min(1, (step + 1) / 50, max(0.02, 6 * (total_steps - step) / total_steps))
+
+
+def save(model: MiniMindLM, path: Path, step: int) -> None:
+    """Half of save_weights' size: float16. The JSON says what it says of a training's weights."""
+    info = {
+        "config": describe_config(model.config),
+        "tokenizer": TOKENIZER,
+        "vision_model": VISION_MODEL,
+        "stage": "lm",
+        "data": [],
+        "step": step,
+        "val_loss": None,
+    }
+    write_text(info_path(path), json.dumps(info, indent=1) + "\n")
+    save_atomically({name: weight.half() for name, weight in model.state_dict().items()}, path)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    path = Path(f"model/demo/lm_{DIM}.pth")
+    add("--out_file", type=Path, default=path, help=f"where the weights go (default: {path})")
+    add("--batch_size", type=int, default=16, help="dialogues in a step (default: 16)")
+    add(
+        "--learning_rate",
+        type=float,
+        default=2e-3,
+        help="highest, of AdamW; Muon's is 1.5 times that (default: 0.002)",
     )
-
-
-def learning_rate(step: int, total_steps: int, peak: float) -> float:
-    """Up in 50 steps, level, down to nearly nothing in the last sixth."""
-    return peak * min(1, (step + 1) / 50, max(0.02, 6 * (total_steps - step) / total_steps))
+    add("--max_steps", type=int, help="stop after this many steps; after all if not given")
+    add("--seed", type=int, default=7, help="of the rows and the random weights (default: 7)")
+    add(
+        "--eval_rows",
+        type=int,
+        default=320,
+        help="held-out questions asked every 500 steps (default: 320)",
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out_file",
-        type=Path,
-        default=STAND_INS / "lm_128.pth",
-        help="where the weights are written",
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="dialogues in a step")
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="of AdamW; Muon's is 1.5 times that"
-    )
-    parser.add_argument("--max_steps", type=int, default=None, help="stop after this many steps")
-    parser.add_argument("--seed", type=int, default=7, help="seed of the rows and the weights")
-    parser.add_argument(
-        "--eval_rows", type=int, default=320, help="held-out questions after each 500 steps"
-    )
-    args = parser.parse_args()
-
+    args = parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    tokenizer = load_tokenizer(STAND_INS / "tokenizer")
-    model = MiniMindLM(VLMConfig(dim=DIM, n_layers=N_LAYERS, vocab_size=len(tokenizer)))
-    # Muon (Jordan et al. 2024) for the layers' matrices: with it the layers learn a little faster than with AdamW (dev/LOG.md).
+    tokenizer = load_tokenizer(TOKENIZER)
+    model = MiniMindLM(LMConfig(dim=DIM, n_layers=N_LAYERS, vocab_size=len(tokenizer)))
+
+    # Muon (Jordan et al. 2024) for the layers' matrices: with it the layers learn a little faster
+    # than with AdamW (dev/LOG.md).
     matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
-    others = [
-        weight for weight in model.parameters() if not any(weight is matrix for matrix in matrices)
-    ]
-    optimizers = {
-        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"): 1.5
-        * args.learning_rate,
-        torch.optim.AdamW(others, weight_decay=0.01, fused=True): args.learning_rate,
-    }
-    total_steps = min(sum(stage.steps for stage in STAGES), args.max_steps or 10**9)
-    plan = (
-        (reader, batch)
-        for stage in STAGES
-        for reader in [SceneReader(tokenizer, stage.n_cells)]
-        for _, batch in zip(
-            range(stage.steps), sample_batches(reader, rng, stage.question_types, args.batch_size)
-        )
-    )
+    is_matrix = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in is_matrix]
+    muon = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, weight_decay=0.01, fused=True)
+    # Each with its highest learning rate.
+    optimizers = {muon: 1.5 * args.learning_rate, adamw: args.learning_rate}
+
+    def batches() -> Iterator[tuple[SceneReader, Batch]]:
+        """One lesson after the other."""
+        for lesson in LESSONS:
+            reader = SceneReader(tokenizer, lesson.n_cells)
+            drawn = sample_batches(reader, rng, lesson.question_types, args.batch_size)
+            for _, batch in zip(range(lesson.n_steps), drawn):
+                yield reader, batch
+
+    # train
+    total_steps = min(sum(lesson.n_steps for lesson in LESSONS), args.max_steps or 10**9)
     mean_loss = 0.0
     progress = tqdm(range(total_steps), desc="base", unit="step")
-    for step, (reader, batch) in zip(progress, plan):
-        loss = F.cross_entropy(*label_scores(model, reader.config, *batch))
+    for step, (reader, batch) in zip(progress, batches()):
+        # gradients
+        loss = F.cross_entropy(*label_logits(model, reader.config, batch))
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in optimizers.items():
+
+        # update
+        for optimizer, highest in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total_steps, peak)
+                group["lr"] = highest * trapezoid(step, total_steps)
             optimizer.step()
+
+        # now and then: show and save
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)
         progress.set_postfix(loss=f"{mean_loss:.3f}")
         if (step + 1) % 500 == 0 or step + 1 == total_steps:
-            progress.write(
-                f"step {step + 1}: loss {mean_loss:.3f}; {accuracies(model, reader, args.eval_rows)}"
-            )
-            save_atomically(
-                {name: weight.half() for name, weight in model.state_dict().items()}, args.out_file
-            )
+            accuracy = describe_accuracy(model, reader, args.eval_rows)
+            progress.write(f"step {step + 1}: loss {mean_loss:.3f}; {accuracy}")
+            save(model, args.out_file, step + 1)
     print(f"{args.out_file}: {args.out_file.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,6 +1,6 @@
 """Whether downloaded files are what they should be: each is opened by the code that will use it.
 
-PyTorch and transformers take seconds to import, so only the checks that need them do it.
+Packages that take seconds to import are imported by the checks that need them.
 """
 
 from collections import Counter
@@ -8,16 +8,14 @@ from itertools import islice
 from pathlib import Path
 
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons
-from dataset.images import open_images
-from dataset.parquet_rows import COLUMNS, import_pyarrow
-from dataset.rows import JsonLinesRows
 from scripts.download.items import ITEMS, LAYERS, describe_files, find_files
 
-N_ROWS = 1000  # of a data set, that are looked at
+# Rows of a data set that are looked at.
+N_ROWS = 1000
 
 
 def check_item(name: str, root: Path) -> str:
-    """What is ready, in words. MissingFileError where files are missing, UserError where one is wrong."""
+    """What is ready, in words. MissingFileError if files are missing, UserError if one is wrong."""
     item, files = ITEMS[name], find_files(name, root)
     folder = root / item.folder
     if files is None:
@@ -28,19 +26,17 @@ def check_item(name: str, root: Path) -> str:
         return check_tokenizer(folder)
     if item.dim:
         return ", ".join(check_weights(folder / file, item.dim) for file in files)
-    return (
-        check_parquet(folder / files[0])
-        if len(files) == 1
-        else check_rows(folder / files[0], folder / files[1])
-    )
+    if len(files) == 1:
+        return check_parquet(folder / files[0])
+    return check_rows(folder / files[0], folder / files[1])
 
 
 def check_clip(folder: Path) -> str:
     from model.LMConfig import count_patches
     from model.vision import load_vision_encoder
 
-    vision_encoder, _ = load_vision_encoder(folder)
-    return f"{count_patches(vision_encoder.config)} patches of {vision_encoder.config.hidden_size} numbers for an image"
+    config = load_vision_encoder(folder)[0].config
+    return f"{count_patches(config)} patches of {config.hidden_size} numbers for an image"
 
 
 def check_tokenizer(folder: Path) -> str:
@@ -53,16 +49,17 @@ def check_tokenizer(folder: Path) -> str:
             tokenizer = load_tokenizer(folder)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the tokenizers library raises nothing more precise for a damaged file
+    except Exception as error:
+        # The tokenizers library raises nothing more precise for a damaged file.
         raise UserError(
-            f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch it again"
+            f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch "
+            "it again"
         ) from error
-    if len(tokenizer) != LMConfig().vocab_size:
+    expected = LMConfig().vocab_size
+    if len(tokenizer) != expected:
         raise UserError(
-            f"the tokenizer in {folder} knows {len(tokenizer)} tokens, not {LMConfig().vocab_size}: it does not belong to the "
-            "published weights; delete it and fetch it again"
+            f"the tokenizer in {folder} knows {len(tokenizer)} tokens, not {expected}: it does not "
+            "belong to the published weights; delete it and fetch it again"
         )
     return f"{len(tokenizer)} tokens"
 
@@ -79,7 +76,8 @@ def check_weights(path: Path, dim: int) -> str:
     embeddings = weights.get("tok_embeddings.weight")
     if embeddings is not None and embeddings.shape[-1] != dim:
         raise UserError(
-            f"{path} is {embeddings.shape[-1]} wide, not {dim}: it is another model; delete it and fetch it again"
+            f"{path} is {embeddings.shape[-1]} wide, not {dim}: it is another model; delete it and "
+            "fetch it again"
         )
     with torch.device("meta"):
         model = MiniMindVLM(VLMConfig(dim=dim, n_layers=LAYERS[dim]))
@@ -88,7 +86,14 @@ def check_weights(path: Path, dim: int) -> str:
 
 
 def check_rows(path: Path, archive: Path) -> str:
-    """Rows of a .jsonl, images of its .zip or of the folder unpacked from it, and whether the first rows' images are there."""
+    """Rows of a .jsonl, and images of its .zip or of the folder unpacked from it.
+
+    Whether the images of a row are there is looked up for the first rows.
+    """
+    from dataset.images import open_images
+    from dataset.rows import JsonLinesRows
+
+    # the first rows
     images = open_images(archive.with_suffix(""))
     rows = JsonLinesRows(path, images)
     problems = Counter()
@@ -101,6 +106,8 @@ def check_rows(path: Path, archive: Path) -> str:
             rows.check_images(row)
         except BadSampleError as error:
             problems[error.args[0]] += 1
+
+    # all
     with open(path, "rb") as file:
         n_rows = sum(bool(line.strip()) for line in file)
     n_first = min(n_rows, N_ROWS)
@@ -114,12 +121,15 @@ def check_rows(path: Path, archive: Path) -> str:
 
 
 def check_parquet(path: Path) -> str:
+    from dataset.parquet_rows import COLUMNS, import_pyarrow
+
     try:
         file = import_pyarrow().parquet.ParquetFile(path)
         n_rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
         if not columns.issuperset(COLUMNS):
             raise UserError(
-                f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: it is another file"
+                f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: "
+                "it is another file"
             )
         first = next(file.iter_batches(N_ROWS, columns=["image_bytes"])).column(0) if n_rows else []
         n_images = sum(bool(image.as_py()) for image in first)

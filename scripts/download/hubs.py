@@ -1,4 +1,7 @@
-"""The two hubs the published files are on, each through its own client: list a repository's files, fetch one of them."""
+"""The two hubs of the published files, each through its own client: list them, fetch one.
+
+A client takes a second to import, so that waits until a hub is asked.
+"""
 
 import hashlib
 import os
@@ -8,62 +11,62 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx2  # what huggingface_hub speaks HTTP with
-from huggingface_hub import HfApi, errors, hf_hub_url, logging
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
-
 from common.errors import UserError
 
-TIMEOUT = 30  # seconds until a hub that does not answer counts as out of reach
-LONGEST = 7 * 24 * 3600  # seconds that one file may take
+# Seconds until a hub that does not answer counts as out of reach.
+TIMEOUT = 30
+# Seconds that one file may take: a week.
+LONGEST = 7 * 24 * 3600
 
 
 class RemoteFile(NamedTuple):
-    """A file as its hub lists it."""
+    """A file as its hub lists it.
+
+    The digest is SHA-256, or git's SHA-1 of a small file, in hexadecimal; "" if the hub gives none.
+    """
 
     name: str
     size: int  # bytes
-    digest: (
-        str  # SHA-256, or git's SHA-1 of a small file, in hexadecimal; "" where the hub gives none
-    )
+    digest: str
 
 
 class HuggingFace:
-    """huggingface_hub. A file grows beside its place, named by its digest, and goes on growing in the next run.
+    """huggingface_hub. A file grows beside its place, and goes on growing in the next run.
 
-    `hf_hub_download` would throw away what it has when its process is stopped, so the client's own `http_get`, which can
-    begin anywhere, is given the file.
+    `hf_hub_download` would throw away what it has when its process is stopped. So the client's own
+    `http_get`, which can begin anywhere, is given the file.
     """
 
-    other = "modelscope"
-
     def __init__(self):
-        logging.set_verbosity_error()  # its retries are told with links of a thousand characters
-        self.revisions: dict[str, str] = {}  # repository -> the commit that was listed
+        import httpx2
+        import huggingface_hub
+
+        # What huggingface_hub speaks HTTP with.
+        self.http, self.client = httpx2, huggingface_hub
+        # The client tells of its retries with links of a thousand characters.
+        huggingface_hub.logging.set_verbosity_error()
+        self.revisions: dict[str, str] = {}  # repository -> listed commit
 
     def list_files(self, repo: str, kind: str) -> list[RemoteFile]:
-        """All files of a repository. UserError where there is none or the hub cannot be reached."""
+        """All files of a repository. UserError if there is none or the hub cannot be reached."""
         with self._readable_errors(repo, kind):
-            info = HfApi().repo_info(repo, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
+            api = self.client.HfApi()
+            info = api.repo_info(repo, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
         self.revisions[repo] = info.sha
-        return [
-            RemoteFile(
-                entry.rfilename,
-                entry.size or 0,
-                read_digest(entry.lfs.sha256 if entry.lfs else entry.blob_id),
-            )
-            for entry in info.siblings
-        ]
+        files = []
+        for entry in info.siblings:
+            digest = read_digest(entry.lfs.sha256 if entry.lfs else entry.blob_id)
+            files.append(RemoteFile(entry.rfilename, entry.size or 0, digest))
+        return files
 
     def partial_path(self, folder: Path, file: RemoteFile) -> Path:
-        """Where the file grows until it is whole."""
+        """Where the file grows until it is whole; the digest says of which version it is."""
         return folder / f".{file.name}.{file.digest[:12]}.partial"
 
     def fetch(self, repo: str, kind: str, file: RemoteFile, folder: Path) -> None:
         """Put a listed file into `folder`, going on with a part of it that is there."""
-        partial = self.partial_path(folder, file)
-        url = hf_hub_url(repo, file.name, repo_type=kind, revision=self.revisions[repo])
+        partial, revision = self.partial_path(folder, file), self.revisions[repo]
+        url = self.client.hf_hub_url(repo, file.name, repo_type=kind, revision=revision)
         with self._readable_errors(repo, kind, file.name):
             while not self._grow(partial, url, file):
                 pass
@@ -73,7 +76,13 @@ class HuggingFace:
         os.replace(partial, folder / file.name)
 
     def _grow(self, partial: Path, url: str, file: RemoteFile) -> bool:
-        """Fetch what is missing. False where the connection was reset after some of it; other losses http_get mends itself."""
+        """Fetch what is missing; False if the connection was reset after some of it.
+
+        `http_get` itself mends other losses.
+        """
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
         with open(partial, "ab") as stream:
             begun = stream.tell()
             if begun > file.size:
@@ -82,17 +91,20 @@ class HuggingFace:
             known = dict(headers=headers, expected_size=file.size, displayed_filename=file.name)
             try:
                 http_get(url, stream, resume_size=begun, **known)
-            except httpx2.ReadError:
+            except self.http.ReadError:
                 if stream.tell() == begun:
                     raise
                 return False
-            except OSError as error:  # the disk's, or an answer such as 404, or without a number: of another length
-                if error.errno is not None or isinstance(error, errors.HfHubHTTPError):
+            except OSError as error:
+                # One of the disk has a number, one of the hub is an answer such as 404. What is
+                # left is a file of another length, which the digest will show.
+                if error.errno is not None or isinstance(error, self.client.errors.HfHubHTTPError):
                     raise
         return True
 
     @contextmanager
     def _readable_errors(self, repo: str, kind: str, name: str = "") -> Iterator[None]:
+        errors, hub = self.client.errors, "huggingface"
         try:
             yield
         except errors.HFValidationError as error:
@@ -106,49 +118,40 @@ class HuggingFace:
                 f"{repo} asks for consent: give it on its page, then `hf auth login`"
             ) from error
         except errors.RepositoryNotFoundError as error:
-            raise UserError(_no_repository(repo, kind, "huggingface", "hf auth login")) from error
+            raise UserError(_no_repository(repo, kind, hub, "hf auth login")) from error
         except errors.EntryNotFoundError as error:
             raise UserError(_no_file(repo, name)) from error
         except errors.HfHubHTTPError as error:
-            raise UserError(
-                f"huggingface answers {error.response.status_code} for {repo}: try again later"
-            ) from error
-        except httpx2.HTTPError as error:
-            raise UserError(_no_connection("huggingface", error, self.other)) from error
+            raise UserError(_other_answer(hub, error.response.status_code, repo)) from error
+        except self.http.HTTPError as error:
+            raise UserError(_no_connection(hub, error)) from error
         except OSError as error:
             raise UserError(_no_place(name, error)) from error
         except ValueError as error:
-            raise UserError(_no_hub("huggingface", "HF_ENDPOINT")) from error
+            raise UserError(_no_hub(hub, "HF_ENDPOINT")) from error
 
 
 class ModelScope:
-    """modelscope's hub client, which keeps a file's beginning as NAME.incomplete and goes on from there in the next run."""
-
-    other = "huggingface"
+    """modelscope. Its client keeps a file's beginning as NAME.incomplete and goes on from there."""
 
     def __init__(self):
-        if "MODELSCOPE_DOMAIN" in os.environ:  # the older name, of which the client warns
+        # The client warns of the older name.
+        if "MODELSCOPE_DOMAIN" in os.environ:
             os.environ.setdefault("MODELSCOPE_ENDPOINT", os.environ["MODELSCOPE_DOMAIN"])
         os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "CRITICAL")
-        os.environ.setdefault(
-            "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", str(LONGEST)
-        )  # it gives up after an hour otherwise
-        os.environ.setdefault(
-            "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "2"
-        )  # to list; a file is asked for more often
+        # It would give up after an hour.
+        os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", str(LONGEST))
+        # To list; a file is asked for more often.
+        os.environ.setdefault("MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS", "2")
         import modelscope_hub
 
         self.client, self.api = modelscope_hub, modelscope_hub.HubApi()
 
     def list_files(self, repo: str, kind: str) -> list[RemoteFile]:
-        """All files of a repository. UserError where there is none or the hub cannot be reached."""
+        """All files of a repository. UserError if there is none or the hub cannot be reached."""
         with self._readable_errors(repo, kind):
-            listed = self.api.list_repo_files(repo, kind)
-        return [
-            RemoteFile(entry.path, entry.size, read_digest(entry.sha256))
-            for entry in listed
-            if not entry.is_dir
-        ]
+            entries = [entry for entry in self.api.list_repo_files(repo, kind) if not entry.is_dir]
+        return [RemoteFile(one.path, one.size, read_digest(one.sha256)) for one in entries]
 
     def partial_path(self, folder: Path, file: RemoteFile) -> Path:
         """Where the file grows until it is whole."""
@@ -156,28 +159,19 @@ class ModelScope:
 
     def fetch(self, repo: str, kind: str, file: RemoteFile, folder: Path) -> None:
         """Put a listed file into `folder`, going on with a part of it that is there."""
+        known = dict(expected_sha256=file.digest or None, file_size=file.size)
         with self._readable_errors(repo, kind, file.name):
-            self.api.download_file(
-                repo,
-                kind,
-                file.name,
-                local_dir=folder,
-                expected_sha256=file.digest or None,
-                file_size=file.size,
-            )
+            self.api.download_file(repo, kind, file.name, local_dir=folder, **known)
 
     @contextmanager
     def _readable_errors(self, repo: str, kind: str, name: str = "") -> Iterator[None]:
-        client = self.client
+        client, hub = self.client, "modelscope"
         try:
             yield
         except client.NotExistError as error:
-            message = (
-                _no_file(repo, name)
-                if name
-                else _no_repository(repo, kind, "modelscope", "ms login")
-            )
-            raise UserError(message) from error
+            if name:
+                raise UserError(_no_file(repo, name)) from error
+            raise UserError(_no_repository(repo, kind, hub, "ms login")) from error
         except (client.AuthenticationError, client.PermissionDeniedError) as error:
             raise UserError(
                 f"modelscope does not let you read {repo}: `ms login` first, or pass --repo"
@@ -185,13 +179,11 @@ class ModelScope:
         except client.FileIntegrityError as error:
             raise UserError(_other_bytes(repo, name)) from error
         except client.NetworkError as error:
-            raise UserError(_no_connection("modelscope", error, self.other)) from error
+            raise UserError(_no_connection(hub, error)) from error
         except client.APIError as error:
-            raise UserError(
-                f"modelscope answers {error.status_code} for {repo}: try again later"
-            ) from error
+            raise UserError(_other_answer(hub, error.status_code, repo)) from error
         except ValueError as error:
-            raise UserError(_no_hub("modelscope", "MODELSCOPE_ENDPOINT")) from error
+            raise UserError(_no_hub(hub, "MODELSCOPE_ENDPOINT")) from error
         except OSError as error:
             raise UserError(_no_place(name, error)) from error
         except client.HubError as error:
@@ -204,8 +196,11 @@ class ModelScope:
 HUBS = {"huggingface": HuggingFace, "modelscope": ModelScope}
 
 
-def _no_repository(repo: str, kind: str, source: str, login: str) -> str:
-    return f"no {kind} repository {repo} on {source}: pass its name as --repo, or `{login}` if it is private"
+def _no_repository(repo: str, kind: str, hub: str, login: str) -> str:
+    return (
+        f"no {kind} repository {repo} on {hub}: pass its name as --repo, or `{login}` if it is "
+        "private"
+    )
 
 
 def _no_file(repo: str, name: str) -> str:
@@ -216,35 +211,43 @@ def _other_bytes(repo: str, name: str) -> str:
     return f"{name} of {repo} came with other bytes than the hub lists: fetch it again"
 
 
+def _other_answer(hub: str, status: int, repo: str) -> str:
+    return f"{hub} answers {status} for {repo}: try again later"
+
+
 def _no_place(name: str, error: OSError) -> str:
-    return f"cannot write {name} ({error.strerror or error}): free some space, or choose another --root"
+    reason = error.strerror or error
+    return f"cannot write {name} ({reason}): free some space, or choose another --root"
 
 
-def _no_hub(source: str, variable: str) -> str:
-    return f"what answers as {source} is no hub: check {variable}, and whether the network wants you to log in"
-
-
-def _no_connection(source: str, error: Exception, other: str) -> str:
+def _no_hub(hub: str, variable: str) -> str:
     return (
-        f"cannot reach {source} ({type(error).__name__}): check the network and run this again, which goes on where it "
-        f"stopped, or pass --source {other}"
+        f"what answers as {hub} is no hub: check {variable}, and whether the network wants you to "
+        "log in"
+    )
+
+
+def _no_connection(hub: str, error: Exception) -> str:
+    (other,) = HUBS.keys() - {hub}
+    return (
+        f"cannot reach {hub} ({type(error).__name__}): check the network and run this again, which "
+        f"goes on where it stopped, or pass --source {other}"
     )
 
 
 def read_digest(text: str | None) -> str:
-    """What a hub calls a digest, if it is one; it becomes part of a file's name."""
+    """What a hub calls a digest, if it is one: it becomes part of a file's name."""
     return text.lower() if re.fullmatch(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}", text or "") else ""
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:
-    """Whether the file at `path` is the one listed: its length, and its digest where the hub gives one."""
+    """Whether the file at `path` is the one listed: its length, and its digest if there is one."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if not file.digest:
         return True
-    is_git = (
-        len(file.digest) == hashlib.sha1().digest_size * 2
-    )  # git hashes a header with the length first
+    # Git hashes a header with the length first.
+    is_git = len(file.digest) == 40
     digest = hashlib.sha1(b"blob %d\0" % file.size) if is_git else hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
