@@ -90,7 +90,7 @@ def list_pictures(folder: Path) -> list[Path]:
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:
     """Ask the same question about each group of pictures."""
     for pictures in groups:
-        print(f"\n[{', '.join(picture.name for picture in pictures)}]")
+        print(f"\n[{', '.join(picture.name for picture in pictures)}]", flush=True)
         prompt = config.prompt or (PROMPT_FOR_SEVERAL if len(pictures) > 1 else PROMPT)
         try:
             print_answer(config, vlm.start_chat(), prompt, pictures)

@@ -30,7 +30,7 @@ class ModelFiles(NamedTuple):
     """The parts of a model on disk."""
 
     weights: Path  # a .pth file, or a transformers directory
-    info: dict  # what the JSON beside a .pth file says
+    info: dict  # what the JSON beside the weights says
     tokenizer: Path
     vision_model: Path | None  # None: it is in the directory itself
 
@@ -91,24 +91,21 @@ def find_model_files(
         vision_model: folder of the CLIP vision encoder.
         dim: width of the model, if a folder has several.
     """
-    path = Path(weights)
+    path, info = Path(weights), {}
     if (path / "config.json").is_file():
-        own_tokenizer = path if (path / "tokenizer.json").is_file() else None
-        if not is_llava(path):
-            vision_model = find_vision_model(vision_model or VISION_MODEL_PATH)
-        else:
-            vision_model = None
-        folder = find_tokenizer(tokenizer or own_tokenizer or TOKENIZER_PATH)
-        return ModelFiles(path, {}, folder, vision_model)
+        if (path / "tokenizer.json").is_file():
+            info = {"tokenizer": path}
+        has_vision_model = is_llava(path)
+    else:
+        path = choose_in_folder(path, dim) if path.is_dir() else find_weights(path)
+        info = read_info(path)
+        has_vision_model = False
 
-    path = choose_in_folder(path, dim) if path.is_dir() else find_weights(path)
-    info = read_info(path)
-    return ModelFiles(
-        path,
-        info,
-        find_tokenizer(tokenizer or info.get("tokenizer") or TOKENIZER_PATH),
-        find_vision_model(vision_model or info.get("vision_model") or VISION_MODEL_PATH),
-    )
+    tokenizer = find_tokenizer(tokenizer or info.get("tokenizer") or TOKENIZER_PATH)
+    if has_vision_model:
+        return ModelFiles(path, info, tokenizer, None)
+    vision_model = vision_model or info.get("vision_model") or VISION_MODEL_PATH
+    return ModelFiles(path, info, tokenizer, find_vision_model(vision_model))
 
 
 def choose_in_folder(folder: Path, dim: int | None) -> Path:
