@@ -5,7 +5,6 @@ What they find goes back to the main process as numbers, so that a million rows 
 
 import io
 import json
-import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -27,10 +26,10 @@ QUALITY = 92  # of the JPEG that a picture becomes
 # A row: numbers of its images, its answers and their characters; hash of its answers.
 ROW = np.dtype("i4, i4, i4, u8, ?")
 ROW.names = "n_images", "n_answers", "length", "text", "is_rejected"
-# A picture: hash of its file, perceptual hash, thumbnail, width and height, number of the reason
-# why it cannot be used (0 if it can), and where its JPEG is: process, offset, length.
-PICTURE = np.dtype(f"u8, u8, ({THUMBNAIL},{THUMBNAIL},3)u1, 2i4, i2, 3i8")
-PICTURE.names = "digest", "hash", "thumbnail", "size", "reason", "place"
+# A picture: hash of its file, perceptual hash, thumbnail, width and height, and the number of the
+# reason why it cannot be used (0 if it can).
+PICTURE = np.dtype(f"u8, u8, ({THUMBNAIL},{THUMBNAIL},3)u1, 2i4, i2")
+PICTURE.names = "digest", "hash", "thumbnail", "size", "reason"
 
 
 @lru_cache(maxsize=1)
@@ -92,23 +91,21 @@ def hash_text(text: str) -> int:
 
 
 def examine_pictures(settings: Settings, work: Path, places: np.ndarray) -> tuple:
-    """Look at the pictures int64[k, 2]: a row's key, and which of its pictures.
+    """Look at the pictures int64[k, 3]: number, key of a row, and which of its pictures it is.
 
-    Their JPEGs are appended to this process's file in the folder `work`. Returns PICTURE[k], and
-    why each one cannot be used, "" if it can; the details stand in place of its JPEG.
+    The JPEG of picture N goes to the file N in the folder `work`. Returns PICTURE[k], and why each
+    one cannot be used, "" if it can; the details are in the file then.
     """
     source = open_source(settings.data, settings.images)
     pictures, reasons = np.zeros(len(places), PICTURE), []
-    with open(work / f"{os.getpid()}.bin", "ab") as file:
-        for picture, (key, which) in zip(pictures, places.tolist()):
-            try:
-                content = source.images(source.read(key))[which]
-                content, reason = examine_picture(content, settings, picture), ""
-            except BadSampleError as error:
-                content, reason = error.detail[:200].encode("utf-8", "surrogatepass"), error.args[0]
-            picture["place"] = os.getpid(), file.tell(), len(content)
-            file.write(content)
-            reasons.append(reason)
+    for picture, (number, key, which) in zip(pictures, places.tolist()):
+        try:
+            content = source.images(source.read(key))[which]
+            content, reason = examine_picture(content, settings, picture), ""
+        except BadSampleError as error:
+            content, reason = error.detail[:200].encode("utf-8", "surrogatepass"), error.args[0]
+        (work / str(number)).write_bytes(content)
+        reasons.append(reason)
     return pictures, reasons
 
 

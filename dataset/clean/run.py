@@ -94,7 +94,7 @@ def examine(settings: Settings, keys: np.ndarray, work: Path) -> Found:
         # pictures
         pictures, reasons, end = np.empty(len(places), PICTURE), [""], 0
         look = partial(examine_pictures, settings, work)
-        sources = np.stack([keys[places[:, 0]], places[:, 1]], axis=1)
+        sources = np.stack([np.arange(len(places)), keys[places[:, 0]], places[:, 1]], axis=1)
         for part, why in run_chunks(pool, look, sources, IMAGES, "image"):
             reasons += sorted(set(why) - set(reasons))
             part["reason"] = [reasons.index(reason) for reason in why]

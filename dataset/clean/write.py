@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from dataset.clean.decide import REJECTED, Decision
@@ -70,34 +69,25 @@ class Shards:
 
 
 class Pictures:
-    """The JPEGs that workers left, and images/ with those that are needed."""
+    """The JPEGs that the workers left in the folder `work`, and those that are in images/ now."""
 
-    def __init__(self, folder: Path, work: Path, places: np.ndarray):
-        self.folder, self.places = folder / "images", places
-        self.files = {int(path.stem): open(path, "rb") for path in work.glob("*.bin")}
-        self.is_written = np.zeros(len(places), bool)
+    def __init__(self, folder: Path, work: Path):
+        self.folder, self.work = folder / "images", work
         self.renamed: dict[int, str] = {}
 
     def read(self, number: int) -> bytes:
         """A picture; of one that cannot be used, the detail of the reason."""
-        process, offset, length = self.places[number].tolist()
-        self.files[process].seek(offset)
-        return self.files[process].read(length)
+        return (self.work / str(number)).read_bytes()
 
-    def write(self, number: int, name: str) -> str:
-        """Write images/NAME unless it is there; returns the name that the picture has."""
-        if not self.is_written[number]:
+    def move(self, number: int, name: str) -> str:
+        """Move a picture to images/NAME unless it is there; returns the name that it has."""
+        if (self.work / str(number)).exists():
             # "a.png" and "a.png.jpg" would both be "a.png.jpg".
             if (self.folder / name).exists():
                 name = self.renamed[number] = f"{name}.{number}.jpg"
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(self.read(number))
-            self.is_written[number] = True
+            (self.work / str(number)).rename(self.folder / name)
         return self.renamed.get(number, name)
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
 
 
 class Written(NamedTuple):
@@ -118,7 +108,7 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
         decision: what becomes of the rows.
     """
     source, found = open_source(settings.data, settings.images), decision.found
-    pictures = Pictures(folder, work, found.pictures["place"])
+    pictures = Pictures(folder, work)
     written = Written(Counter(), Counter(), defaultdict(list))
     kinds = [Shards if settings.format == "parquet" else JsonLines] * 2
     kinds.append(Shards if isinstance(source, ParquetRows) else JsonLines)
@@ -137,7 +127,7 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
                 text = json.dumps(turns, ensure_ascii=False)
                 row = {"conversations": text, "image_bytes": list(map(pictures.read, shown))}
             else:
-                names = list(map(pictures.write, shown, line["images"]))
+                names = list(map(pictures.move, shown, line["images"]))
                 row = line["row"] | ({"image": ", ".join(names)} if names else {})
             files[part].add(row)
             written.counts[PARTS[part]] += 1
@@ -145,7 +135,7 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
             examples = written.examples[reason or f"goes to {PARTS[part]}"]
             if len(examples) < EXAMPLES:
                 examples.append({"row": number, "detail": detail, "turns": turns, "shown": shown})
-    for file in (*files, pictures):
+    for file in files:
         file.close()
     if not written.counts["val"]:
         (folder / "val.jsonl").unlink(missing_ok=True)
