@@ -16,7 +16,7 @@ __all__ = ["VLM", "load_vlm"]
 def __getattr__(name: str):
     # PyTorch takes seconds to import, so it waits until a model is loaded: --help needs none.
     if name in __all__:
-        from inference import load
+        import inference.load
 
-        return getattr(load, name)
+        return getattr(inference.load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

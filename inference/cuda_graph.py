@@ -30,6 +30,7 @@ class GraphDecoder:
         self, decode: Callable[[torch.Tensor], torch.Tensor], cache: KVCache, batch_size: int
     ):
         self.decode, self.cache = decode, cache
+        # All that a graph reads and writes has to stay where it is, and of one size.
         cache.has_fixed_shape = True
         device = cache.position.device
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)

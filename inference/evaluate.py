@@ -109,6 +109,7 @@ def answer_questions(
     ]
     lengths = [len(tokenizer(question.answer)["input_ids"]) for question in questions]
     max_new_tokens = max(lengths, default=0) + SPARE_TOKENS
+    # Similar lengths in a batch leave little padding.
     order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
     asked: list[int] = []
     unreadable: Counter[str] = Counter()
@@ -147,6 +148,7 @@ def answer_questions(
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(int64[B, T] input_ids, int64[B, T] attention_mask) of rows of unequal length."""
+    # Padding goes to the left: the new tokens of all rows then have the same place.
     length = max(len(row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -162,6 +164,7 @@ def measure_accuracy(questions: list[Question]) -> dict[str, float]:
     for question in questions:
         is_right = simplify_answer(question.given) == simplify_answer(question.answer)
         by_type[question.type].append(is_right)
+    # Each question counts once, whatever its type.
     overall = [is_right for group in by_type.values() for is_right in group]
     groups = {"overall": overall}
     # Rows without types are all of type "all".
@@ -194,6 +197,7 @@ def measure_loss(model: MiniMindVLM, dataset) -> float:
             continue
         input_ids, labels = sample["input_ids"][None], sample["labels"][None]  # each (1, T)
         output = model(input_ids, sample["pixel_values"], labels, return_logits=False)
+        # A sample's loss is a mean over its labels, and it may have few or many.
         count = count_labels(labels)
         loss_sum += float(output.loss) * count
         n_labels += count

@@ -44,6 +44,7 @@ def prefill(
     """
     embeddings = model.embed(input_ids, pixel_values, image_features)
     hidden = model.run_layers(embeddings, attention_mask, cache)
+    # Only the last position says what comes next.
     return model.output(hidden[:, -1])
 
 
@@ -71,8 +72,10 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tens
     Temperature 0 takes the likeliest token. With top_p < 1 one is drawn from the likeliest tokens
     that hold this probability together (nucleus sampling, Holtzman et al. 2020).
     """
+    # greedy
     if temperature == 0:
         return logits.argmax(dim=-1)
+    # draw
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     if top_p == 1:
         return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
@@ -152,6 +155,7 @@ def generate(
     )
     if stream:
         return steps
+    # The last step has all tokens.
     *_, new_tokens = steps
     return torch.cat((input_ids, cut_after_end(new_tokens, eos_token_id)), dim=1)
 
@@ -188,7 +192,7 @@ def _generate_steps(
     cache = KVCache(model.config, batch_size, prompt_length + max_new_tokens, device, dtype)
     logits = prefill(model, input_ids, pixel_values, image_features, attention_mask, cache)
 
-    # decode
+    # decode; new tokens are no padding
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
     decode = partial(decode_one_token, model, attention_mask=attention_mask, cache=cache)
@@ -203,5 +207,6 @@ def _generate_steps(
         tokens[:, n] = choose(logits).masked_fill(has_ended, pad_token_id)
         has_ended |= tokens[:, n] == eos_token_id
         yield tokens[:, : n + 1]
+        # Asking makes the host wait for the device.
         if (n + 1) % check_interval == 0 and has_ended.all():
             return

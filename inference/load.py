@@ -62,10 +62,12 @@ class VLM:
 
         BadSampleError for a picture that cannot be read, UserError for a prompt that is too long.
         """
+        # any number of pictures
         if images is None:
             images = []
         elif not isinstance(images, list | tuple):
             images = [images]
+        # one question is a conversation of its own
         pieces = self.start_chat().ask(
             prompt,
             list(images),
@@ -219,6 +221,7 @@ def check_size(name: str, given: int | None, actual: int, path: Path) -> None:
 def choose_device(name: str | None) -> torch.device:
     """The device `name`; if not given, the GPU of any make that PyTorch finds, else the CPU."""
     if name is None:
+        # CUDA, ROCm, MPS, XPU ...
         has_gpu = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu")
     try:

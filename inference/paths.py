@@ -47,6 +47,7 @@ def find_model(config: AskConfig) -> dict[str, Any]:
 def choose_weights(config: AskConfig) -> Path:
     """The path that --weights names, or --load, --out_dir and --model_mode, and --dim if given."""
     if config.weights is not None:
+        # What --weights meant once.
         if config.weights in DTYPES and not Path(config.weights).exists():
             raise UserError(
                 f"--weights names a file, but there is no {config.weights}: the number format is "
@@ -61,6 +62,7 @@ def choose_weights(config: AskConfig) -> Path:
                 f"`hf download jingyaogong/MiniMind2-V --local-dir {folder}`"
             )
         return folder
+    # the file of that mode; else say which others there are
     folder, name = Path(config.out_dir), WEIGHTS_NAMES[config.model_mode]
     found = find_by_name(folder, name, config.dim)
     if found is not None:
@@ -91,6 +93,7 @@ def find_model_files(
         vision_model: folder of the CLIP vision encoder.
         dim: width of the model, if a folder has several.
     """
+    # the weights, and what they bring along
     path, info = Path(weights), {}
     if (path / "config.json").is_file():
         if (path / "tokenizer.json").is_file():
@@ -101,6 +104,7 @@ def find_model_files(
         info = read_info(path)
         has_vision_model = False
 
+    # the other parts
     tokenizer = find_tokenizer(tokenizer or info.get("tokenizer") or TOKENIZER_PATH)
     if has_vision_model:
         return ModelFiles(path, info, tokenizer, None)

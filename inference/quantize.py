@@ -42,8 +42,10 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float[..., in] -> float[..., out]."""
+        # a prompt
         if x[..., 0].numel() > FEW_ROWS:
             return F.linear(x, self.quantized.to(x.dtype) * self.scale.to(x.dtype))
+        # a new token of each row
         if self.dtype == "float16":
             return F.linear(x.half(), self.quantized).to(x.dtype)
         rows = x.flatten(0, -2).bfloat16()  # (rows, in)
@@ -64,6 +66,7 @@ def quantize(model: MiniMindLM, dtype: str) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, WeightOnlyLinear(child, dtype))
+    # The embeddings keep the float weights that the head shared with them.
     model.output = WeightOnlyLinear(model.output, dtype)
 
 

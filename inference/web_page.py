@@ -7,9 +7,9 @@ Streamlit runs `show_page` again for each click of a visitor; what has to last i
 import streamlit as st
 
 from common.errors import UserError
-from inference import VLM, load_vlm
 from inference.chat import Chat
 from inference.config import WebConfig
+from inference.load import VLM, load_vlm
 from inference.paths import find_model
 from model.image import load_image
 

@@ -35,6 +35,8 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float) -> torch.Tensor:
 
     Returns float[max_seq_len, head_dim / 2, 2].
     """
+    # The first pair of a head turns by 1 radian a token and tells neighbors apart; the last one
+    # turns about 1 / theta as fast and still differs between tokens that are far from each other.
     frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(max_seq_len).float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -43,11 +45,8 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float) -> torch.Tensor:
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotate the *interleaved* pairs (x0, x1), (x2, x3) ... of each head by its token's angles.
 
-    Args:
-        x: float[B, T, n_heads, head_dim], queries or keys.
-        rope: float[T, head_dim / 2, 2] or float[B, T, head_dim / 2, 2], rows of `rope_table`.
-
-    Returns float[B, T, n_heads, head_dim].
+    `x` is float[B, T, n_heads, head_dim], queries or keys, and so is the result; `rope` is
+    float[T, head_dim / 2, 2] or float[B, T, head_dim / 2, 2], rows of `rope_table`.
     """
     # torch.compile merges these kernels by itself, and has none for complex numbers.
     if torch.compiler.is_compiling():
@@ -71,10 +70,9 @@ class KVCache:
 
     Args:
         config: sizes of the model.
-        batch_size: rows of a batch.
+        batch_size: B.
         max_length: most tokens of a row, prompt and answer together.
-        device: of the model.
-        dtype: of keys and values.
+        device, dtype: of keys and values.
     """
 
     def __init__(
@@ -85,6 +83,7 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
+        # One block of memory: growing it token by token would copy all of it each time.
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, max_length, config.head_dim)
         store = torch.empty(shape, device=device, dtype=dtype)
         # of each layer: keys and values (B, n_kv_heads, max_length, head_dim)
@@ -96,22 +95,18 @@ class KVCache:
         # and a mask, instead of the first `length`.
         self.has_fixed_shape = False
 
-    @property
-    def n_visible(self) -> int:
-        """Number of tokens that `update` returns."""
-        return self.max_length if self.has_fixed_shape else self.length
-
     def reserve(self, n_new: int) -> torch.Tensor:
         """int64[n_new]: the positions of the next tokens, which `update` fills layer by layer."""
         self.new_positions = self.position + torch.arange(n_new, device=self.position.device)
         self.length += n_new
         self.position += n_new
+        self.n_visible = self.max_length if self.has_fixed_shape else self.length
         return self.new_positions
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store float[B, n_kv_heads, T, head_dim] of the reserved positions.
+        """Store float[B, n_kv_heads, T, head_dim] at the reserved positions.
 
         Returns all keys and values of the layer, float[B, n_kv_heads, S, head_dim].
         """
@@ -151,7 +146,6 @@ class Attention(nn.Module):
 
         Returns float[B, T, dim].
         """
-        # project
         queries = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_heads, head_dim)
         keys = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
         values = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, n_kv_heads, head_dim)
@@ -168,14 +162,10 @@ class Attention(nn.Module):
         if is_one_token and mask is None and queries.device.type == "cpu":
             mixed = self._attend_one(queries, keys, values)
         else:
+            dropout = self.dropout if self.training else 0.0
+            is_causal = mask is None and not is_one_token
             mixed = F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and not is_one_token,
-                enable_gqa=True,
+                queries, keys, values, mask, dropout, is_causal, enable_gqa=True
             )
         return self.wo(mixed.transpose(1, 2).flatten(2))  # (B, T, dim)
 
@@ -204,6 +194,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # w1 decides how much of each number of w3 passes
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -240,6 +231,7 @@ class MiniMindLM(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._init_weights()
+        # One matrix for input and output (Press & Wolf 2017): with 6,400 words it is large.
         self.output.weight = self.tok_embeddings.weight
         rope = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rope", rope, persistent=False)
@@ -277,6 +269,7 @@ class MiniMindLM(nn.Module):
         Returns float[B, T, dim], final hidden states, ready for `output`. UserError for more than
         max_seq_len tokens.
         """
+        # how long rows are, with the new tokens
         n_new = embeddings.shape[1]
         length = n_new if cache is None else cache.length + n_new
         if length > self.config.max_seq_len:
@@ -303,6 +296,7 @@ class MiniMindLM(nn.Module):
         if attention_mask is not None or not is_plain:
             mask = find_visible(positions, n_visible, attention_mask)
 
+        # the blocks
         hidden = self.dropout(embeddings)
         for layer in self.layers:
             hidden = layer(hidden, rope, mask, cache)
@@ -312,19 +306,14 @@ class MiniMindLM(nn.Module):
 def find_visible(
     positions: torch.Tensor, n_visible: int, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Which tokens each new token may look at.
+    """Which of the S = `n_visible` tokens the new ones at int64[T] `positions` may look at.
 
-    Args:
-        positions: int64[T] of the new tokens.
-        n_visible: S, number of tokens that attention gets.
-        attention_mask: bool or int[B, S], 0 at padding.
-
-    Returns bool[B or 1, 1, T, S].
+    `attention_mask` is bool or int[B, S], 0 at padding. Returns bool[B or 1, 1, T, S].
     """
     columns = torch.arange(n_visible, device=positions.device)
     rows = positions[:, None]  # (T, 1)
     visible = (columns <= rows)[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
-        # Padding sees itself: a softmax over nothing would be NaN.
+        # Padding looks at itself: a softmax over nothing would be NaN.
         visible = visible & attention_mask.bool()[:, None, None, :] | (columns == rows)
     return visible

@@ -87,6 +87,7 @@ class MiniMindVLM(MiniMindLM):
             vision_encoder.requires_grad_(False)
         self.vision_encoder = vision_encoder
         self.vision_proj = VisionProj(config.vision_dim, config.dim)
+        # CLIP goes into eval mode at once.
         self.train(self.training)
 
     def train(self, mode: bool = True) -> MiniMindVLM:
@@ -124,6 +125,7 @@ class MiniMindVLM(MiniMindLM):
         Returns float[B, T, dim]. UserError if there are more or fewer images than runs of image
         tokens.
         """
+        # what the model sees, and what it reads
         if image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         embeddings = self.tok_embeddings(input_ids)
@@ -204,6 +206,7 @@ class MiniMindVLM(MiniMindLM):
         # The one place where labels are shifted: a token is predicted by the one before it.
         predictors = hidden.flatten(0, 1)[label_indices - 1]  # (label tokens, dim)
         logits = self.output(predictors)  # (label tokens, vocab_size)
+        # The softmax of 6,400 words needs float32, whatever dtype the model is in.
         total = F.cross_entropy(logits.float(), labels.flatten()[label_indices], reduction="sum")
         return total / max(len(label_indices), 1)
 

@@ -124,7 +124,8 @@ def test_cached_decoding_equals_uncached(model):
     input_ids, _, pixel_values = oracle_inputs(model, ROWS["two images apart"])
     full = model(input_ids, pixel_values).logits
     cache = KVCache(model.config, 1, input_ids.shape[1], input_ids.device, torch.float32)
-    start = input_ids.shape[1] - 8  # behind the images; then 3 tokens at once, then one by one
+    # all up to the images, then 3 tokens at once, then one by one
+    start = input_ids.shape[1] - 8
     pieces = [model(input_ids[:, :start], pixel_values, cache=cache).logits]
     pieces.append(model(input_ids[:, start : start + 3], cache=cache).logits)
     pieces += [
