@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 TOKENIZER = ROOT / "model/demo/tokenizer"
-N_PATCHES = 9  # of the small encoder: 48 x 48 in patches of 16
+# Of the small vision encoder: 48 x 48 pixels in patches of 16.
+N_PATCHES = 9
 
 # The server that forks scripts finds our modules by this.
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -91,30 +93,56 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def run_script(*command: str, **options) -> subprocess.CompletedProcess:
-    """Run a script (or "-m", module) in a process of its own; all that it prints is one text.
+class WarmScript:
+    """A script in a process of its own, forked from a server that has imported PyTorch already.
 
-    The process is forked from a server that has imported PyTorch and transformers already
-    (tests/preload.py), which saves their seconds; for other commands see `run_cold`.
+    That saves the seconds of importing it (tests/preload.py); what is printed goes to a file.
+
+    Args:
+        command: a script and its arguments, or "-m", a module and its arguments.
+        env: what is added to the environment.
+        text: standard input.
     """
-    env, text = options.pop("env", {}), options.pop("input", "")
-    assert not options, options
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as stdin,
-        tempfile.TemporaryFile() as stdout,
-    ):
-        stdin.write(text)
-        stdin.seek(0)
-        streams = [multiprocessing.reduction.DupFd(file.fileno()) for file in (stdin, stdout)]
-        process = _SERVER.Process(target=run_forked, args=([*map(str, command)], env, *streams))
-        process.start()
-        process.join(timeout=240)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        stdout.seek(0)
-        printed = stdout.read().decode("utf-8", "replace").replace("\r\n", "\n")
-    return subprocess.CompletedProcess(command, process.exitcode, printed)
+
+    def __init__(self, *command: str, env: dict | None = None, text: str = ""):
+        self.command, self.printed = command, tempfile.TemporaryFile()
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as stdin:
+            stdin.write(text)
+            stdin.seek(0)
+            files = (stdin, self.printed)
+            streams = [multiprocessing.reduction.DupFd(file.fileno()) for file in files]
+            arguments = ([*map(str, command)], env or {}, *streams)
+            self.process = _SERVER.Process(target=run_forked, args=arguments)
+            self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Exit status, -9 after SIGKILL; None while it runs."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """SIGKILL; returns the exit status, which is another one if it had ended by itself."""
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Wait for the end; stdout and stderr come back as one text."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+        self.printed.seek(0)
+        text = self.printed.read().decode("utf-8", "replace")
+        self.printed.close()
+        return subprocess.CompletedProcess(self.command, self.process.exitcode, text)
+
+
+def run_script(*command: str, env: dict | None = None, input: str = ""):
+    """Run a script, or "-m" and a module, to its end, see WarmScript."""
+    return WarmScript(*command, env=env, text=input).finish()
 
 
 def run_cold(*command: str, **options) -> subprocess.CompletedProcess:
@@ -133,7 +161,7 @@ def run_cold(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def start_script(*command: str, **options) -> subprocess.Popen:
-    """Start a script of the repository and leave it running, for signals and requests."""
+    """Start a script in a fresh Python and leave it running, for signals and requests."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -150,3 +178,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def as_flags(**options) -> list[str]:
+    """Command-line flags: dim=64 is --dim 64, a list is a flag with several values."""
+    flags = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def read_log(out_dir: Path, event: str, name: str = "sft_vlm_64") -> list[dict]:
+    """The lines of a run's log that tell of an event: start, train, validation, end."""
+    text = (out_dir / f"{name}.log.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if line["event"] == event]
+
+
+def wait_for_steps(out_dir: Path, n_steps: int, name: str = "sft_vlm_64") -> None:
+    """Until a run in another process has logged so many steps, a minute and a half at most."""
+    log, deadline = out_dir / f"{name}.log.jsonl", time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if log.is_file() and log.read_text(encoding="utf-8").count('"train"') >= n_steps:
+            return
+        time.sleep(0.01)

@@ -16,20 +16,20 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 
 def train_a_step(device: str, data: VLMDataset) -> dict[str, torch.Tensor]:
-    """Weights after one optimizer step of two batches; an error if the host ever waits for the GPU on the way."""
+    """Weights after an optimizer step of two batches; an error if the host waits for the GPU."""
     runtime = Runtime(torch.device(device), torch.float32)
     model = small_model().to(device).train()
     model.vision_encoder.requires_grad_(False)
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-3, fused=True)
-    images = ImageEncoder(model.vision_encoder, data.processor.image_processor, None, runtime)
-    batches = StepSampler(data.lengths, 12, accumulation_steps=2)
-    micro_batches = list(make_loader(data, batches, 0, pin_memory=device == "cuda"))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, fused=True)
+    images = ImageEncoder(model.vision_encoder, data.processor.image_processor, runtime.device)
+    sampler = StepSampler(data.lengths, 12, accumulation_steps=2)
+    micro_batches = list(make_loader(data, sampler, 0, pin_memory=device == "cuda"))
     meter = Meter(runtime)
     torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
     try:
         accumulate_gradients(model, images, micro_batches, meter, runtime)
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -45,18 +45,22 @@ def test_a_step_on_a_gpu_is_the_cpus_and_the_host_never_waits(rows_dir, processo
 
 @pytest.mark.parametrize("eos_token_id", [2, 600])
 def test_greedy_answers_on_a_gpu_are_the_cpus(eos_token_id):
-    """A left-padded batch, decoded by a CUDA graph; the host asks only now and then whether all answers have ended."""
+    """A left-padded batch, decoded by a CUDA graph; the host asks only now and then for the end."""
     input_ids = torch.randint(100, 600, (2, 20), generator=torch.Generator().manual_seed(0))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :7] = 0
-    answers = [
-        small_model()
-        .to(device)
-        .generate(
-            input_ids.to(device), attention_mask=attention_mask.to(device), max_new_tokens=40, temperature=0,
-            eos_token_id=eos_token_id,
+    answers = []
+    for device in ("cpu", "cuda"):
+        tokens = (
+            small_model()
+            .to(device)
+            .generate(
+                input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                max_new_tokens=40,
+                temperature=0,
+                eos_token_id=eos_token_id,
+            )
         )
-        .cpu()
-        for device in ("cpu", "cuda")
-    ]  # fmt: skip
+        answers.append(tokens.cpu())
     assert torch.equal(*answers)

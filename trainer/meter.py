@@ -29,7 +29,7 @@ class Meter:
         self.times_parts = not runtime.is_gpu or time_split
         self.skipped: Counter[str] = Counter()
         self.n_labels = 0  # of the whole run, on all ranks
-        self.n_damaged = 0  # cached features, since they were last reported
+        self.n_damaged = 0  # cache entries, not yet reported
         self._restart()
 
     def _restart(self) -> None:

@@ -42,7 +42,7 @@ def test_keys_are_the_published_ones():
 
 
 def test_a_published_file_loads_with_its_buffers(tmp_path):
-    """Half precision, attention masks, RoPE tables and CLIP weights, as different published files carry them."""
+    """Half precision, masks, RoPE tables and CLIP weights, as published files carry them."""
     source = small_model(seed=1)
     weights = {name: weight.half() for name, weight in select_weights(source).items()}
     weights |= {f"layers.{i}.attention.mask": torch.ones(1, 1, 8, 8) for i in range(2)}

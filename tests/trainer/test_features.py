@@ -1,7 +1,4 @@
-"""The feature cache: what comes out is what the vision encoder said of this very picture, or nothing."""
-
-import json
-from types import SimpleNamespace
+"""The feature cache: what comes out is what the encoder said of this very picture, or nothing."""
 
 import pytest
 import torch
@@ -9,8 +6,9 @@ import torch
 from model.vision import normalize_pixels, patch_features
 from model.weights import read_weights
 from tests.helpers import (
-    TOKENIZER,
+    as_flags,
     picture,
+    read_log,
     run_script,
     small_image_processor,
     small_vision_encoder,
@@ -76,9 +74,10 @@ def test_another_encoder_preprocessing_or_dtype_is_another_folder():
     other_processor = small_image_processor()
     other_processor.image_mean = [0.5, 0.5, 0.5]
     names = [
-        name_cache(changed, processor, torch.float16), name_cache(vision_encoder, other_processor, torch.float16),
+        name_cache(changed, processor, torch.float16),
+        name_cache(vision_encoder, other_processor, torch.float16),
         name_cache(vision_encoder, processor, torch.bfloat16),
-    ]  # fmt: skip
+    ]
     assert len({name, *names}) == 4 and name == name_cache(
         small_vision_encoder(), processor, torch.float16
     )
@@ -105,9 +104,14 @@ def test_cached_and_fresh_images_keep_their_order(cache, processor):
     ).half()
     is_cached = torch.tensor([False, True, False, False, True])
     batch = Batch(
-        torch.zeros(1, 2), torch.zeros(1, 2), [0], [key(number) for number in range(5)], is_cached, pixels[~is_cached],
-        expected[is_cached],
-    )  # fmt: skip
+        input_ids=torch.zeros(1, 2),
+        labels=torch.zeros(1, 2),
+        indices=[0],
+        keys=[key(number) for number in range(5)],
+        is_cached=is_cached,
+        pixels=pixels[~is_cached],
+        cached_features=expected[is_cached],
+    )
     torch.testing.assert_close(encoder.features(batch), expected, atol=2e-3, rtol=1e-3)
     encoder.close()
     found = [cache.find(key(number)) for number in range(5)]
@@ -117,38 +121,23 @@ def test_cached_and_fresh_images_keep_their_order(cache, processor):
     )
 
 
-@pytest.fixture(scope="module")
-def run(vision_dir, rows_dir):
-    def run(out_dir, *flags) -> SimpleNamespace:
-        finished = run_script(
-            "train_sft_vlm.py", "--dim", "64", "--n_layers", "2", "--device", "cpu", "--dtype", "float32",
-            "--tokenizer", TOKENIZER, "--vision_model", vision_dir, "--data_path", rows_dir / "rows.jsonl",
-            "--images_path", rows_dir / "images", "--epochs", "3", "--batch_size", "8", "--learning_rate", "1e-3",
-            "--log_interval", "1", "--init_weights", "none", "--out_dir", out_dir, *flags,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stdout
-        lines = [
-            json.loads(line) for line in (out_dir / "sft_vlm_64.log.jsonl").read_text().splitlines()
-        ]
-        losses = [line["loss"] for line in lines if line["event"] == "train"]
-        return SimpleNamespace(
-            losses=losses, printed=finished.stdout, weights=read_weights(out_dir / "sft_vlm_64.pth")
-        )
-
-    return run
-
-
-def test_with_and_without_the_cache_the_curve_is_the_same(run, tmp_path):
+def test_with_and_without_the_cache_the_curve_is_the_same(options, tmp_path):
     """Also from workers, and in a second run that finds everything cached."""
-    without = run(tmp_path / "without", "--feature_cache_gb", "0", "--num_workers", "0")
-    for workers in ("0", "2"):
-        cached = run(tmp_path / workers, "--num_workers", workers)
-        again = run(tmp_path / workers, "--num_workers", workers)
-        assert "24 images take up to 0 MB" in cached.printed and "(24 are there;" in again.printed
-        assert cached.losses == pytest.approx(
-            without.losses, rel=1e-3
-        )  # features are kept in 16 bits
-        assert all(
-            torch.equal(weight, again.weights[name]) for name, weight in cached.weights.items()
-        )
+
+    def run(folder, **changes) -> tuple[str, list[float], dict]:
+        out_dir = tmp_path / folder
+        flags = as_flags(**(options | {"epochs": 3, "out_dir": out_dir} | changes))
+        finished = run_script("train_sft_vlm.py", *flags)
+        assert finished.returncode == 0, finished.stdout
+        losses = [line["loss"] for line in read_log(out_dir, "train")]
+        return finished.stdout, losses, read_weights(out_dir / "sft_vlm_64.pth")
+
+    _, expected, _ = run("without", feature_cache_gb=0)
+    for workers in (0, 2):
+        first, losses, weights = run(str(workers), num_workers=workers)
+        again, _, same = run(str(workers), num_workers=workers)
+        assert "24 images take up to 0 MB" in first and "(24 are there;" in again
+        # Features are stored in 16 bits.
+        assert losses == pytest.approx(expected, rel=1e-3)
+        assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
     assert not (tmp_path / "without/features").exists()

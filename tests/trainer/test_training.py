@@ -1,23 +1,27 @@
-"""The training scripts as processes: the same curve however it is spread, nothing frozen moves, nothing is lost."""
+"""Training: the same curve however it is spread, nothing frozen moves, nothing is lost."""
 
-import json
+import re
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 
 from dataset.vlm_dataset import VLMDataset
-from model.weights import read_weights
+from model.files import read_info
+from model.weights import read_tensors, read_weights
 from tests.helpers import (
     N_PATCHES,
     TOKENIZER,
+    as_flags,
     free_port,
     picture,
+    read_log,
+    run_cold,
     run_script,
     small_model,
     start_script,
+    wait_for_steps,
     write_rows,
 )
 from trainer.build import build_model, set_trainable
@@ -29,193 +33,170 @@ from trainer.loop import train
 from trainer.runtime import start_runtime
 from trainer.sampler import StepSampler
 
-SIZES = [
-    "--dim",
-    "64",
-    "--n_layers",
-    "2",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--num_workers",
-    "0",
-]
+
+@pytest.fixture
+def run(options, tmp_path):
+    """Runs train_sft_vlm.py with changed options in tmp_path; returns what it printed."""
+
+    def run(*more, script="train_sft_vlm.py", status=0, env=None, **changes) -> str:
+        flags = as_flags(**(options | {"out_dir": tmp_path} | changes))
+        finished = run_script(script, *flags, *more, env=env or {})
+        assert finished.returncode == status, finished.stdout
+        assert "Traceback" not in finished.stdout, finished.stdout
+        return finished.stdout
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def flags(vision_dir, rows_dir):
-    """Flags of a small run: 24 rows of 0-2 images, 2 epochs of 3 steps."""
-    return [
-        *SIZES, "--tokenizer", str(TOKENIZER), "--vision_model", str(vision_dir), "--data_path", str(rows_dir / "rows.jsonl"),
-        "--images_path", str(rows_dir / "images"), "--epochs", "2", "--batch_size", "8", "--learning_rate", "1e-3",
-        "--log_interval", "1", "--init_weights", "none",
-    ]  # fmt: skip
-
-
-def losses(out_dir, name: str = "sft_vlm_64") -> list[float]:
-    lines = [json.loads(line) for line in (out_dir / f"{name}.log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "train"]
-
-
-@pytest.fixture(scope="module")
-def one_process(flags, tmp_path_factory):
+def one_process(options, tmp_path_factory):
+    """(folder, what was printed) of the run that others are compared with."""
     out_dir = tmp_path_factory.mktemp("one")
-    finished = run_script("train_sft_vlm.py", *flags, "--out_dir", out_dir)
+    finished = run_script("train_sft_vlm.py", *as_flags(**options, out_dir=out_dir))
     assert finished.returncode == 0, finished.stdout
     return out_dir, finished.stdout
+
+
+def losses(out_dir) -> list[float]:
+    return [line["loss"] for line in read_log(out_dir, "train")]
+
+
+def assert_same_run(first, second):
+    assert losses(first) == pytest.approx(losses(second), abs=2e-4)
+    weights, others = (read_weights(folder / "sft_vlm_64.pth") for folder in (first, second))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], atol=2e-3, rtol=0, msg=name)
 
 
 def test_a_run_leaves_weights_log_and_curve_and_prints_calmly(one_process):
     out_dir, printed = one_process
     assert len(losses(out_dir)) == 6
     assert (out_dir / "sft_vlm_64.png").read_bytes()[:4] == b"\x89PNG"
-    assert all(
-        torch.isfinite(weight).all() for weight in read_weights(out_dir / "sft_vlm_64.pth").values()
-    )
+    weights = read_weights(out_dir / "sft_vlm_64.pth")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert "6 of 8 samples (8 x 1 accumulation x 1 devices), 2 epochs" in printed
     assert "warn" not in printed.lower() and "Traceback" not in printed
+    asked = f"ask it: python eval_vlm.py --weights {out_dir}/sft_vlm_64.pth --image PICTURE"
+    assert asked in printed.splitlines()[-1]
 
 
-def assert_same_run(first, second):
-    assert losses(first) == pytest.approx(losses(second), abs=2e-4)
-    weights, others = (
-        read_weights(first / "sft_vlm_64.pth"),
-        read_weights(second / "sft_vlm_64.pth"),
+def test_the_options_are_printed_once_and_stored_with_the_weights(one_process, options):
+    """In the log, in the run state, and in the JSON beside the weights."""
+    out_dir, printed = one_process
+    assert printed.count("config: ") == 1 and "learning_rate 0.001" in printed
+    (start,) = read_log(out_dir, "start")
+    state = read_tensors(out_dir / "sft_vlm_64.resume/step-00000006.pth")
+    for stored in (start, state["config"]):
+        assert stored["learning_rate"] == 1e-3 and stored["batch_size"] == 8
+        assert stored["data_path"] == [str(options["data_path"])]
+    info = read_info(out_dir / "sft_vlm_64.pth")
+    assert info["config"]["dim"] == 64 and info["config"]["n_image_tokens"] == N_PATCHES
+    assert info["tokenizer"] == str(TOKENIZER) and info["stage"] == "sft_vlm"
+    assert info["vision_model"] == str(options["vision_model"]) and info["step"] == 6
+
+
+def test_sizes_come_with_the_weights_to_start_from(one_process, run, rows_dir, tmp_path):
+    """No size, tokenizer or vision encoder needs to be given; a wrong size is named."""
+    start = one_process[0] / "sft_vlm_64.pth"
+    flags = as_flags(
+        init_weights=start,
+        data=rows_dir / "rows.jsonl",
+        images=rows_dir / "images",
+        out_dir=tmp_path,
+        max_steps=1,
+        device="cpu",
     )
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, others[name], atol=2e-3, rtol=0, msg=name)
-
-
-def test_accumulation_gives_the_same_curve(one_process, flags, tmp_path):
-    finished = run_script(
-        "train_sft_vlm.py",
-        *flags,
-        "--batch_size",
-        "2",
-        "--accumulation_steps",
-        "4",
-        "--out_dir",
-        tmp_path,
-    )
+    finished = run_script("train_pretrain_vlm.py", *flags)
     assert finished.returncode == 0, finished.stdout
+    assert (tmp_path / "pretrain_vlm_64.pth").is_file()
+    printed = run(init_weights=start, n_layers=3, status=2)
+    assert "is of dim 64 with 2 layers, not of dim 64 with 3: pass --dim 64 --n_layers 2" in printed
+
+
+def test_the_step_may_be_cut_up(one_process, run, tmp_path):
+    run(batch_size=2, accumulation_steps=4)
     assert_same_run(one_process[0], tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-def test_compiled_blocks_give_the_same_curve(one_process, flags, tmp_path):
+def test_compiled_blocks_give_the_same_curve(one_process, options, tmp_path):
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    finished = run_script("train_sft_vlm.py", *flags, "--compile", "--out_dir", tmp_path, env=env)
+    flags = as_flags(**options, compile=True, out_dir=tmp_path)
+    finished = run_cold("train_sft_vlm.py", *flags, env=env)
     assert finished.returncode == 0 and "warn" not in finished.stdout.lower(), finished.stdout
     assert any((tmp_path / "inductor").rglob("*.cpp"))
     assert_same_run(one_process[0], tmp_path)
 
 
-def test_compiling_without_a_compiler_says_so(flags, tmp_path):
-    env = {"PATH": str(tmp_path), "CXX": ""}
-    finished = run_script("train_sft_vlm.py", *flags, "--compile", "--out_dir", tmp_path, env=env)
-    assert (
-        finished.returncode == 2 and "error: --compile needs a C++ compiler" in finished.stdout
-    ), finished.stdout
+def test_compiling_without_a_compiler_says_so(run, tmp_path):
+    printed = run(compile=True, status=2, env={"PATH": str(tmp_path), "CXX": ""})
+    assert "error: --compile needs a C++ compiler" in printed
 
 
-def test_automatic_batch_size_fits_and_keeps_the_step(one_process, flags, tmp_path):
-    """The stage's own 8 samples a step, whatever fits at a time: plenty of memory, then little more than one sample needs."""
-    roomy = run_script(
-        "train_sft_vlm.py",
-        *flags,
-        "--batch_size",
-        "auto",
-        "--memory_gb",
-        "8",
-        "--out_dir",
-        tmp_path,
-    )
-    assert "batch size: 8 x 1 accumulation" in roomy.stdout, roomy.stdout
+def test_automatic_batch_size_fits_and_keeps_the_step(one_process, run, tmp_path):
+    """The stage's own 8 samples a step, whatever fits: plenty of memory, then too little."""
+    roomy = run(batch_size="auto", memory_gb=8)
+    assert "batch size: 8 x 1 accumulation" in roomy
     assert_same_run(one_process[0], tmp_path)
-    tight = run_script(
-        "train_sft_vlm.py",
-        *flags,
-        "--batch_size",
-        "auto",
-        "--memory_gb",
-        "0.01",
-        "--out_dir",
-        tmp_path,
+    tight = run(batch_size="auto", memory_gb=0.01, status=2)
+    assert "error: not even one sample fits: it needs" in tight
+
+
+def test_two_processes_give_the_same_curve(one_process, options, tmp_path):
+    """Text-only and image rows fall on different ranks, and counts of label tokens differ."""
+    changes = dict(batch_size=2, accumulation_steps=2, ddp=True, out_dir=tmp_path)
+    finished = run_cold(
+        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()),
+        *("train_sft_vlm.py", *as_flags(**(options | changes))),
     )
-    assert tight.returncode == 2 and "error: not even one sample fits: it needs" in tight.stdout
-
-
-def test_two_processes_give_the_same_curve(one_process, flags, tmp_path):
-    """Text-only and image rows fall on different ranks, and counts of label tokens differ between them."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    script = [
-        "train_sft_vlm.py",
-        *flags,
-        "--batch_size",
-        "2",
-        "--accumulation_steps",
-        "2",
-        "--ddp",
-        "--out_dir",
-        tmp_path,
-    ]
-    finished = run_script(*launch, *script)
     assert finished.returncode == 0, finished.stdout
     assert_same_run(one_process[0], tmp_path)
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(one_process, flags, tmp_path):
-    run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path)
-    first, second = (
-        read_weights(folder / "sft_vlm_64.pth") for folder in (one_process[0], tmp_path)
-    )
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(one_process, run, tmp_path):
+    run()
+    first, second = (read_weights(f / "sft_vlm_64.pth") for f in (one_process[0], tmp_path))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
 def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
-    """Loss and gradients of a batch of the loader, with positions found there, features out of the cache and the head at labels
-    only, against whole logits, CLIP's own float pixels and rows one by one without padding."""
-    model, data = (
-        small_model().train(),
-        VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300),
-    )
+    """Loss and gradients of a batch of the loader, against rows taken one by one.
+
+    On: indices found in the loader, features out of the cache, the head at labels only. Off: whole
+    logits, CLIP's own float pixels, no padding.
+    """
+    model = small_model().train()
+    data = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
     cache = FeatureCache(tmp_path, (N_PATCHES, model.config.vision_dim), torch.float16, 1e8)
-    images = ImageEncoder(
-        model.vision_encoder, processor.image_processor, torch.device("cpu"), cache
-    )
-    for _ in range(2):  # the second time all features come from the cache
-        loader = make_loader(data, StepSampler(data.lengths, 24), 0, cache)
-        (batch,) = list(loader)
+    device = torch.device("cpu")
+    images = ImageEncoder(model.vision_encoder, processor.image_processor, device, cache)
+    # The second time all features come from the cache.
+    for _ in range(2):
+        (batch,) = list(make_loader(data, StepSampler(data.lengths, 24), 0, cache))
         features = images.features(batch)
         while images._unwritten:
             images._unwritten.popleft().result()
     assert batch.pixels is None and len(batch.cached_features) == 24
     fast = model(**batch.model_inputs(), image_features=features).loss
-    gradients = torch.autograd.grad(fast, [p for p in model.parameters() if p.requires_grad])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(fast, trainable)
+
     total, n_labels = 0.0, 0
     for index in range(len(data)):
         sample = data[index]
         targets = sample["labels"][1:]
         logits = model(sample["input_ids"][None], sample["pixel_values"]).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(
-            logits, targets, ignore_index=-100, reduction="sum"
-        )
-        n_labels += int((targets != -100).sum())
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        total, n_labels = total + loss, n_labels + int((targets != -100).sum())
     torch.testing.assert_close(fast, total / n_labels, atol=1e-4, rtol=1e-4)
-    plain = torch.autograd.grad(
-        total / n_labels, [p for p in model.parameters() if p.requires_grad]
-    )
+    plain = torch.autograd.grad(total / n_labels, trainable)
     for gradient, expected in zip(gradients, plain):
         torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-2)
 
 
-def test_pretraining_moves_the_projector_and_the_last_layer_only(one_process, flags, tmp_path):
+def test_pretraining_moves_the_projector_and_the_last_layer_only(one_process, run, tmp_path):
     start = one_process[0] / "sft_vlm_64.pth"
-    finished = run_script(
-        "train_pretrain_vlm.py", *flags, "--init_weights", start, "--out_dir", tmp_path
-    )
-    assert finished.returncode == 0, finished.stdout
+    run(script="train_pretrain_vlm.py", init_weights=start)
     before, after = read_weights(start), read_weights(tmp_path / "pretrain_vlm_64.pth")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith(("vision_proj.", "layers.1."))}
@@ -238,14 +219,15 @@ def test_a_notebook_trains_with_one_call_and_the_vision_encoder_stays(
         out_dir=str(tmp_path),
         device="cpu",
     )
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
     model, processor = build_model(config, start_runtime(config))
     data = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
     set_trainable(model, lambda name: True)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     result = train(model, data, config)
 
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(number) for number in numbers]
     assert (result.step, result.total_steps, result.exit_status) == (2, 2, 0)
     assert result.weights == tmp_path / "train_64.pth" and result.weights.is_file()
     weights = model.state_dict()
@@ -254,41 +236,47 @@ def test_a_notebook_trains_with_one_call_and_the_vision_encoder_stays(
     assert moved >= {"vision_proj.vision_proj.0.weight", "tok_embeddings.weight", "norm.weight"}
 
 
-def test_validation_loss_and_offline_wandb(one_process, flags, rows_dir, tmp_path):
-    finished = run_script(
-        "train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--val_data", rows_dir / "rows.jsonl", "--use_wandb",
-        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout
-    lines = [
-        json.loads(line) for line in (tmp_path / "sft_vlm_64.log.jsonl").read_text().splitlines()
-    ]
-    values = [line["val_loss"] for line in lines if line["event"] == "validation"]
-    assert len(values) == 2 and values[1] < values[0]
-    assert losses(tmp_path) == losses(one_process[0]), (
-        "looking at the validation set changes nothing"
-    )
+def test_validation_as_often_as_asked_and_offline_wandb(one_process, run, options, tmp_path):
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run(val_data=options["data_path"], val_interval=2, use_wandb=True, env=env)
+    lines = read_log(tmp_path, "validation")
+    # Two epochs of three steps: at each second step, and where an epoch ends.
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert losses(tmp_path) == losses(one_process[0]), "looking at the rows changes nothing"
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+    # The JSON beside the weights knows the loss of these very weights.
+    assert read_info(tmp_path / "sft_vlm_64.pth")["val_loss"] == lines[-1]["val_loss"]
+    best = min(line["val_loss"] for line in lines)
+    assert read_info(tmp_path / "sft_vlm_best_64.pth")["val_loss"] == best
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_and_says_where(flags, tmp_path, number):
-    process = start_script("train_sft_vlm.py", *flags, "--epochs", "100000", "--out_dir", tmp_path)
-    log = tmp_path / "sft_vlm_64.log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.is_file() and '"train"' in log.read_text()):
-        time.sleep(0.1)
+def test_an_interrupted_run_saves_and_says_where(options, tmp_path, number):
+    flags = as_flags(**(options | {"epochs": 100_000, "out_dir": tmp_path}))
+    process = start_script("train_sft_vlm.py", *flags)
+    wait_for_steps(tmp_path, 1)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, printed
-    assert (
-        f"stopped by {number.name} after step" in printed
-        and f"weights: {tmp_path}/sft_vlm_64.pth" in printed
-    )
+    assert f"stopped by {number.name} after step" in printed
+    assert f"weights: {tmp_path}/sft_vlm_64.pth" in printed
     assert read_weights(tmp_path / "sft_vlm_64.pth") and (tmp_path / "sft_vlm_64.png").is_file()
 
 
-def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
+def test_ctrl_c_while_packages_are_imported_ends_in_one_line(options, tmp_path):
+    flags = as_flags(**options, out_dir=tmp_path)
+    process = start_script("-X", "importtime", "train_sft_vlm.py", *flags)
+    # Python tells what it has imported: torch is about half way.
+    imported = ""
+    while "torch.nn" not in imported:
+        imported = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    printed = [line for line in process.stdout.read().splitlines() if "import time" not in line]
+    assert process.wait(timeout=60) == 130 and printed == ["stopped"], printed
+
+
+def test_bad_pictures_cost_their_rows_and_no_more(run, tmp_path):
     (tmp_path / "images").mkdir()
     rows = []
     for index in range(12):
@@ -296,109 +284,85 @@ def test_bad_pictures_cost_their_rows_and_no_more(flags, tmp_path):
         picture(index).save(path)
         if index < 4:
             path.write_bytes(path.read_bytes()[:150])
-        turns = [
-            {"role": "user", "content": "<image>\nWhat?"},
-            {"role": "assistant", "content": "red"},
-        ]
+        turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
         rows.append({"conversations": turns, "image": path.name})
     rows.append({"conversations": [], "image": "0.jpg"})
-    write_rows(tmp_path / "rows.jsonl", rows)
-    finished = run_script(
-        "train_sft_vlm.py", *flags, "--data_path", tmp_path / "rows.jsonl", "--images_path", tmp_path / "images",
-        "--out_dir", tmp_path, "--epochs", "1", "--batch_size", "1", "--num_workers", "2",
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout
-    assert (
-        "left out: 1 no conversation" in finished.stdout
-        and "skipped while training: 4 image damaged" in finished.stdout
-    )
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = dict(epochs=1, batch_size=1, num_workers=2)
+    printed = run(data_path=data, images_path=tmp_path / "images", **changes)
+    assert "left out: 1 no conversation" in printed
+    assert "skipped while training: 4 image damaged" in printed
 
 
-def test_validation_comes_as_often_as_asked(flags, rows_dir, tmp_path):
-    finished = run_script(
-        "train_sft_vlm.py",
-        *flags,
-        "--out_dir",
-        tmp_path,
-        "--val_data",
-        rows_dir / "rows.jsonl",
-        "--val_interval",
-        "2",
-    )
-    assert finished.returncode == 0, finished.stdout
-    lines = map(json.loads, (tmp_path / "sft_vlm_64.log.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if line["event"] == "validation"] == [2, 3, 4, 6], (
-        "two epochs of three steps"
-    )
+MISTAKES = [
+    (dict(init_weights="nowhere.pth"), "error: no weights at nowhere.pth: train them first, or"),
+    (dict(vision_model="nowhere"), "error: no CLIP in nowhere: fetch it with"),
+    (dict(data_path="nowhere.jsonl"), "error: no data at nowhere.jsonl: fetch"),
+    (dict(tokenizer="nowhere"), "error: no tokenizer in nowhere: fetch it"),
+    (dict(device="cuda"), "error: --device cuda but PyTorch sees no GPU here"),
+    (dict(device="toaster"), "error: --device toaster is no device"),
+    (dict(ddp=True), "error: --ddp needs torchrun"),
+    (dict(dim=130), "error: dim 130 does not split into 4 heads"),
+    (dict(max_seq_len=9000), "error: --max_seq_len is 9000 but the network takes at most 8192"),
+    (dict(batch_size=0), "--batch_size is 0: it has to be at least 1"),
+    (dict(max_steps=0), "--max_steps is 0: it has to be at least 1"),
+    (
+        dict(max_seq_len=5),
+        r"error: no row of all 6 steps could be used \(48 no answer within max_length\): python -m",
+    ),
+    # What is safe is named too.
+    (
+        dict(learning_rate=1e30, grad_clip=1e30, epochs=9, save_interval=1),
+        r"norm is nan at step \d+, samples \[.*lower --learning_rate; the last run state is "
+        r"intact, --resume continues from it: .*/sft_vlm_64.resume/step-",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            ["--init_weights", "nowhere.pth"],
-            "error: no weights at nowhere.pth: train them first, or fetch the published",
-        ),
-        (["--vision_model", "nowhere"], "error: no CLIP in nowhere: fetch it with"),
-        (["--data_path", "nowhere.jsonl"], "error: no data at nowhere.jsonl: fetch"),
-        (["--tokenizer", "nowhere"], "error: no tokenizer in nowhere: fetch it"),
-        (
-            ["--learning_rate", "1e30", "--grad_clip", "1e30", "--epochs", "9"],
-            "norm is nan at step",
-        ),
-        (["--device", "cuda"], "error: --device cuda but PyTorch sees no GPU here"),
-        (["--ddp"], "error: --ddp needs torchrun"),
-        (["--dim", "130"], "error: dim 130 does not split into 4 heads"),
-        (["--batch_size", "0"], "--batch_size is 0: it has to be at least 1"),
-        (["--max_steps", "0"], "--max_steps is 0: it has to be at least 1"),
-        (
-            ["--max_seq_len", "5"],
-            "error: no row of all 6 steps could be used (48 no answer within max_length): python -m",
-        ),
-    ],
-)
-def test_mistakes_cost_one_line(flags, tmp_path, changes, message):
-    if "cuda" in changes and torch.cuda.is_available():
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_mistakes_cost_one_line(run, changes, message):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    finished = run_script("train_sft_vlm.py", *flags, "--out_dir", tmp_path, *changes)
-    assert finished.returncode == 2
-    assert message in finished.stdout.splitlines()[-1].replace("train_sft_vlm.py: ", ""), (
-        finished.stdout
-    )
-    assert "Traceback" not in finished.stdout
+    last = run(status=2, **changes).splitlines()[-1]
+    assert re.search(message, last), last
 
 
-def test_a_batch_that_does_not_fit_names_the_flag(flags, tmp_path):
-    """A real allocation failure: the process may use only 1.5 GB of address space more than it starts with."""
+def test_a_batch_that_does_not_fit_names_the_flag(options, tmp_path):
+    """A real failure to allocate: the process may have half a GB more than it starts with."""
+    pytest.importorskip("resource")
     code = (
-        "import resource, runpy, sys, torch, transformers, trainer.loop, dataset.vlm_dataset\n"
+        "import resource, runpy, sys, tests.preload, trainer.loop, dataset.vlm_dataset\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 500_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    rows = [
-        {"conversations": [{"content": "large red circle; " * 400}, {"content": "red blue " * 400}]}
-        for _ in range(64)
-    ]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    finished = run_script(
-        "-c", code, "train_sft_vlm.py", *flags, "--data_path", tmp_path / "rows.jsonl", "--dim", "512", "--batch_size", "64",
-        "--max_seq_len", "4000", "--out_dir", tmp_path,
-    )  # fmt: skip
+    turns = [{"content": "large red circle; " * 400}, {"content": "red blue " * 400}]
+    data = write_rows(tmp_path / "rows.jsonl", [{"conversations": turns}] * 64)
+    changes = dict(data_path=data, dim=512, batch_size=64, max_seq_len=4000, out_dir=tmp_path)
+    finished = run_cold("-c", code, "train_sft_vlm.py", *as_flags(**(options | changes)))
     assert finished.returncode == 2, finished.stdout[-2000:]
     assert "does not fit in memory: lower --batch_size (now 64)" in finished.stdout.splitlines()[-1]
 
 
-def test_non_finite_loss_names_the_rows_and_the_last_weights(flags, tmp_path):
-    finished = run_script(
-        "train_sft_vlm.py", *flags, "--out_dir", tmp_path, "--learning_rate", "1e30", "--grad_clip", "1e30", "--epochs", "9",
-        "--save_interval", "1",
-    )  # fmt: skip
-    last = finished.stdout.splitlines()[-1]
-    assert (
-        "samples [" in last
-        and "lower --learning_rate" in last
-        and f"is intact, --resume continues from it: {tmp_path}/sft_vlm_64.resume/step-" in last
-    )
+def test_a_cache_that_stops_filling_or_is_damaged_says_so(run, tmp_path):
+    """Other pictures take the room of 4 of the 24 images; then one bit of a slot is turned."""
+    rows = []
+    for index in range(4):
+        picture(100 + index).save(tmp_path / f"{index}.png")
+        turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
+        rows.append({"conversations": turns, "image": f"{index}.png"})
+    others = write_rows(tmp_path / "rows.jsonl", rows)
+    run(data_path=others, images_path=tmp_path, epochs=1)
+    (features,) = (tmp_path / "features").rglob("*.features")
+    limit = 24.5 * features.stat().st_size / 4 / 1e9
+    printed = run(feature_cache_gb=limit)
+    assert printed.count("feature cache: it stores no more, its limit of") == 1
+
+    (newest,) = set((tmp_path / "features").rglob("*.features")) - {features}
+    stored = bytearray(newest.read_bytes())
+    stored[7] ^= 1
+    newest.write_bytes(stored)
+    printed = run(feature_cache_gb=limit, epochs=1)
+    assert "feature cache: 1 damaged entries; their images are encoded again" in printed
