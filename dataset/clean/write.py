@@ -14,7 +14,8 @@ from dataset.parquet_rows import import_pyarrow
 from dataset.rows import ParquetRows, Rows
 
 SHARD_BYTES = 256 * 2**20  # of a Parquet file
-ROW_GROUP = 256  # rows; readers unpack a whole group for one row
+# Rows; small, because readers unpack a whole group for one of them.
+ROW_GROUP = 256
 EXAMPLES = 6  # of each reason, and of what stays
 PARTS = ("train", "val", "rejects")
 # Half a character, which UTF-8 cannot hold, becomes its JSON escape.
@@ -71,8 +72,9 @@ class Shards:
 class Pictures:
     """The JPEGs that the workers left in the folder `work`, and those that are in images/ now."""
 
-    def __init__(self, folder: Path, work: Path):
+    def __init__(self, folder: Path, work: Path, n_pictures: int):
         self.folder, self.work = folder / "images", work
+        self.is_moved = bytearray(n_pictures)
         self.renamed: dict[int, str] = {}
 
     def read(self, number: int) -> bytes:
@@ -81,7 +83,8 @@ class Pictures:
 
     def move(self, number: int, name: str) -> str:
         """Move a picture to images/NAME unless it is there; returns the name that it has."""
-        if (self.work / str(number)).exists():
+        if not self.is_moved[number]:
+            self.is_moved[number] = True
             # "a.png" and "a.png.jpg" would both be "a.png.jpg".
             if (self.folder / name).exists():
                 name = self.renamed[number] = f"{name}.{number}.jpg"
@@ -108,7 +111,7 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
         decision: what becomes of the rows.
     """
     source, found = open_source(settings.data, settings.images), decision.found
-    pictures = Pictures(folder, work)
+    pictures = Pictures(folder, work, len(found.pictures))
     written = Written(Counter(), Counter(), defaultdict(list))
     kinds = [Shards if settings.format == "parquet" else JsonLines] * 2
     kinds.append(Shards if isinstance(source, ParquetRows) else JsonLines)

@@ -229,7 +229,8 @@ def test_no_process_outlives_a_killed_cleaning(raw, tmp_path):
     process = start_clean(raw, tmp_path / "clean")
     wait_for(process, tmp_path / ".clean.partial", "work/rows.jsonl")
     process.kill()
-    process.communicate(timeout=20)  # the workers hold its standard output open while they live
+    # The workers hold its standard output open while they live.
+    process.communicate(timeout=20)
 
 
 def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
