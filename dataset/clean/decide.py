@@ -102,14 +102,17 @@ class Decision:
 
     def _reject_boilerplate(self) -> None:
         """Rows all of whose answers were given `max_repeats` times before."""
+        limit, n_answers = self.settings.max_repeats, self.rows["n_answers"]
         _, answers = np.unique(self.found.answers, return_inverse=True)
-        times = np.zeros(len(answers), np.int32)
-        ends = np.cumsum(self.rows["n_answers"])
-        starts = ends - self.rows["n_answers"]
+        # only rows with a frequent answer can be that
+        is_frequent = np.bincount(answers) > limit
+        rows = np.repeat(np.arange(len(self.part)), n_answers)[is_frequent[answers]]
+        times = np.zeros(len(is_frequent), np.int32)
+        starts = np.cumsum(n_answers) - n_answers
         is_boilerplate = np.zeros(len(self.part), bool)
-        for row in np.flatnonzero(self.part != REJECTED):
-            given = answers[starts[row] : ends[row]]
-            if (times[given] >= self.settings.max_repeats).all():
+        for row in np.unique(rows[self.part[rows] != REJECTED]):
+            given = answers[starts[row] : starts[row] + n_answers[row]]
+            if (times[given] >= limit).all():
                 is_boilerplate[row] = True
             else:
                 times[given] += 1

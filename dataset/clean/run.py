@@ -29,13 +29,14 @@ ROWS, IMAGES = 2000, 100  # that a worker is given at a time
 
 def clean(settings: Settings) -> None:
     """Clean a set. UserError if its files are not fit for that, or no row stays."""
-    source, out = open_source(settings.data, settings.images), Path(settings.out)
-    images = getattr(source, "image_source", None)
-    if isinstance(images, ImageFolder) and not images.path.is_dir():
-        raise UserError(f"no image folder {images.path}, nor a .zip of that name: see --images")
-    if not len(keys := source.keys()):
-        raise UserError(f"{settings.data} has no rows")
+    out = Path(settings.out)
     try:
+        source = open_source(settings.data, settings.images)
+        images = getattr(source, "image_source", None)
+        if isinstance(images, ImageFolder) and not images.path.is_dir():
+            raise UserError(f"no image folder {images.path}, nor a .zip of that name: see --images")
+        if not len(keys := source.keys()):
+            raise UserError(f"{settings.data} has no rows")
         with new_folder(out) as folder:
             found = examine(settings, keys, folder / "work")
             decision = Decision(settings, found)
@@ -79,7 +80,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def examine(settings: Settings, keys: np.ndarray, work: Path) -> Found:
     """Look at the rows with these keys and at their pictures, which go to the folder `work`."""
     work.mkdir()
-    with ProcessPoolExecutor(settings.processes, initializer=follow_main) as pool:
+    with start_workers(settings.processes) as pool:
         # rows
         arrays, repairs = [], Counter()
         with open(work / "rows.jsonl", "w", **UTF8) as file:
@@ -117,13 +118,26 @@ def run_chunks(
 
 
 @contextmanager
+def start_workers(n_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes. After an error they end with the chunk that they are at."""
+    pool = ProcessPoolExecutor(n_processes, initializer=follow_main)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
 def delay_ctrl_c() -> Iterator[None]:
     """While processes start: Python loses a Ctrl-C that comes while it forks."""
-    if hasattr(signal, "pthread_sigmask"):
+    can_delay = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if can_delay:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    yield
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if can_delay:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def follow_main() -> None:
