@@ -38,20 +38,19 @@ class HuggingFace:
     """
 
     def __init__(self):
-        import httpx2
-        import huggingface_hub
-
         # What huggingface_hub speaks HTTP with.
-        self.http, self.client = httpx2, huggingface_hub
+        import httpx2
+        from huggingface_hub import HfApi, errors, hf_hub_url, logging
+
+        self.api, self.find_url, self.errors, self.http = HfApi(), hf_hub_url, errors, httpx2
         # The client tells of its retries with links of a thousand characters.
-        huggingface_hub.logging.set_verbosity_error()
+        logging.set_verbosity_error()
         self.revisions: dict[str, str] = {}  # repository -> listed commit
 
     def list_files(self, repo: str, kind: str) -> list[RemoteFile]:
         """All files of a repository. UserError if there is none or the hub cannot be reached."""
         with self._readable_errors(repo, kind):
-            api = self.client.HfApi()
-            info = api.repo_info(repo, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
+            info = self.api.repo_info(repo, repo_type=kind, files_metadata=True, timeout=TIMEOUT)
         self.revisions[repo] = info.sha
         files = []
         for entry in info.siblings:
@@ -66,7 +65,7 @@ class HuggingFace:
     def fetch(self, repo: str, kind: str, file: RemoteFile, folder: Path) -> None:
         """Put a listed file into `folder`, going on with a part of it that is there."""
         partial, revision = self.partial_path(folder, file), self.revisions[repo]
-        url = self.client.hf_hub_url(repo, file.name, repo_type=kind, revision=revision)
+        url = self.find_url(repo, file.name, repo_type=kind, revision=revision)
         with self._readable_errors(repo, kind, file.name):
             while not self._grow(partial, url, file):
                 pass
@@ -98,13 +97,13 @@ class HuggingFace:
             except OSError as error:
                 # One of the disk has a number, one of the hub is an answer such as 404. What is
                 # left is a file of another length, which the digest will show.
-                if error.errno is not None or isinstance(error, self.client.errors.HfHubHTTPError):
+                if error.errno is not None or isinstance(error, self.errors.HfHubHTTPError):
                     raise
         return True
 
     @contextmanager
     def _readable_errors(self, repo: str, kind: str, name: str = "") -> Iterator[None]:
-        errors, hub = self.client.errors, "huggingface"
+        errors, hub = self.errors, "huggingface"
         try:
             yield
         except errors.HFValidationError as error:

@@ -21,14 +21,12 @@ from tests.helpers import TOKENIZER, picture, small_image_processor, small_visio
 def zeros(dim: int = 512, n_layers: int = 8, language_only: bool = False, **sizes) -> bytes:
     """A weights file of the published shapes, all of whose tensors share one zero."""
     with torch.device("meta"):
-        names = MiniMindVLM(VLMConfig(dim=dim, n_layers=n_layers, **sizes)).state_dict().items()
-    kept = {
-        n: torch.zeros(1).expand(w.shape)
-        for n, w in names
-        if not (language_only and n.startswith("vision_proj"))
-    }
+        weights = MiniMindVLM(VLMConfig(dim=dim, n_layers=n_layers, **sizes)).state_dict().items()
+    zeros = {name: torch.zeros(1).expand(weight.shape) for name, weight in weights}
+    if language_only:
+        zeros = {name: zero for name, zero in zeros.items() if not name.startswith("vision_proj")}
     file = io.BytesIO()
-    torch.save(kept, file)
+    torch.save(zeros, file)
     return file.getvalue()
 
 
@@ -67,9 +65,8 @@ def large_archive(n_bytes: int) -> bytes:
 def tokenizer_files() -> dict[str, bytes]:
     """A tokenizer of 6,400 tokens with the ids the model counts on."""
     tokenizer = load_tokenizer(TOKENIZER)
-    tokenizer.add_tokens(
-        [f"word{number}" for number in range(VLMConfig().vocab_size - len(tokenizer))]
-    )
+    n_missing = VLMConfig().vocab_size - len(tokenizer)
+    tokenizer.add_tokens([f"word{number}" for number in range(n_missing)])
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return read_folder(Path(folder))
@@ -77,14 +74,13 @@ def tokenizer_files() -> dict[str, bytes]:
 
 @cache
 def clip_files() -> dict[str, bytes]:
-    """As openai/clip-vit-base-patch16 has it: the same weights four times, three of them not to be fetched."""
+    """As the published repository: the same weights four times, three of them not to be fetched."""
     with TemporaryDirectory() as folder:
         small_vision_encoder().save_pretrained(folder)
         small_image_processor().save_pretrained(folder)
         files = read_folder(Path(folder))
-    return files | dict.fromkeys(
-        ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md"), b"no"
-    )
+    others = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "README.md")
+    return files | dict.fromkeys(others, b"no")
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

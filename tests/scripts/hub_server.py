@@ -1,4 +1,4 @@
-"""A small hub on this machine that answers huggingface_hub and modelscope as the real ones do, and fails on request."""
+"""A hub on this machine that answers both clients as the real ones do, and fails on request."""
 
 import hashlib
 import json
@@ -14,13 +14,12 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (
-    10**6
-)  # bytes from which a file is listed with its SHA-256 and served from another host, as Git LFS does it
+# Bytes from which a file is listed with its SHA-256 and served by another host, as Git LFS does.
+LARGE = 10**6
 
 
 class Request(NamedTuple):
-    file: str  # name of the file that was asked for
+    file: str  # its name
     start: int  # first byte
     host: str
     authorization: str | None
@@ -29,10 +28,11 @@ class Request(NamedTuple):
 class HubServer:
     """`repos[kind, name]` holds the files of a repository: {file name: bytes}.
 
-    Faults, each by file name: `cut_after` closes the connection once after so many bytes, then `reset_after` resets it once,
-    then `stall_after` goes silent until `resume` is set; `gone` files are listed but answered with 404, `replaced` ones
-    served with other bytes, `sizes` are listed in place of the true ones. With `portal`, a page of text answers everything.
-    `requests` are the files that were asked for, in order.
+    Faults, each by file name: `cut_after` closes the connection once after so many bytes, then
+    `reset_after` resets it once, then `stall_after` goes silent until `resume` is set. `gone` files
+    are listed but answered with 404, `replaced` ones served with other bytes, `sizes` are listed in
+    place of the true ones. With `portal`, a page of text answers everything. `requests` are the
+    files that were asked for, in order.
     """
 
     def __init__(self):
@@ -66,10 +66,15 @@ class HubServer:
         """What sends both clients here, with nothing of the person's own settings."""
         here = f"http://127.0.0.1:{self.port}"
         return {
-            "HF_ENDPOINT": here, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret",
-            "MODELSCOPE_DOMAIN": here, "MODELSCOPE_HOME": str(home / "ms"), "MODELSCOPE_CACHE": str(home / "ms_cache"),
+            "HF_ENDPOINT": here,
+            "HF_HOME": str(home / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_secret",
+            "MODELSCOPE_DOMAIN": here,
+            "MODELSCOPE_HOME": str(home / "ms"),
+            "MODELSCOPE_CACHE": str(home / "ms_cache"),
             "no_proxy": "*",
-        }  # fmt: skip
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,11 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.portal:
             return self.send_body(b"<html>Please log in.</html>", "text/html")
         url = urlsplit(self.path)
-        path, query = (
-            unquote(url.path),
-            {key: values[0] for key, values in parse_qs(url.query).items()},
-        )
-        for pattern, answer in (
+        path = unquote(url.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        answers = (
             (r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/[^/]+)?", self.list_huggingface),
             (r"/((?:datasets/)?)([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve_huggingface),
             (r"/storage/(model|dataset)/([^/]+/[^/]+)/(.+)", self.send_file),
@@ -100,7 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
                 lambda *found: self.send_file(*found, query["FilePath"]),
             ),
             (r"/api/v1/repos/internalAccelerationInfo", lambda: self.send_json({"Data": {}})),
-        ):
+        )
+        for pattern, answer in answers:
             if found := re.fullmatch(pattern, path):
                 return answer(*found.groups())
         return self.send_json({"error": f"no such page: {path}"}, 404)
@@ -119,17 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
             )
         siblings = []
         for name, content, size in self.listed(kind, repo):
-            entry = {
-                "rfilename": name,
-                "size": size,
-                "blobId": hashlib.sha1(b"blob %d\0" % size + content).hexdigest(),
-            }
+            blob_id = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+            entry = {"rfilename": name, "size": size, "blobId": blob_id}
             if size >= LARGE:
-                entry["lfs"] = {
-                    "sha256": hashlib.sha256(content).hexdigest(),
-                    "size": size,
-                    "pointerSize": 134,
-                }
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
             siblings.append(entry)
         return self.send_json(
             {"_id": "1", "id": repo, "sha": COMMIT, "private": False, "siblings": siblings}
@@ -156,16 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json(
                 {"Code": 10010205001, "Message": "not found", "Success": False}, 404
             )
-        files = [
-            {
-                "Path": name,
-                "Name": name,
-                "Size": size,
-                "Sha256": hashlib.sha256(content).hexdigest(),
-                "Type": "blob",
-            }
-            for name, content, size in self.listed(kind, repo)
-        ]
+        files = []
+        for name, content, size in self.listed(kind, repo):
+            digest = hashlib.sha256(content).hexdigest()
+            entry = {"Path": name, "Name": name, "Size": size, "Sha256": digest, "Type": "blob"}
+            files.append(entry)
         return self.send_json({"Code": 200, "Data": {"Files": files}, "Success": True})
 
     def send_json(
@@ -186,18 +179,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_file(self, kind: str, repo: str, name: str) -> None:
+        # note the request
         hub, asked = self.hub, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
-        hub.requests.append(
-            Request(
-                name, start, self.headers["Host"].split(":")[0], self.headers.get("Authorization")
-            )
-        )
+        start, host = int(asked[1]) if asked else 0, self.headers["Host"].split(":")[0]
+        hub.requests.append(Request(name, start, host, self.headers.get("Authorization")))
         content = hub.replaced.get(name, hub.repos.get((kind, repo), {}).get(name))
         if content is None or name in hub.gone:
             return self.send_json(
                 {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}
             )
+
+        # answer
         body = content[start:]
         self.send_response(206 if asked else 200)
         if asked:
@@ -205,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.end_headers()
+
+        # send as much as the fault allows
         faults = (hub.cut_after, hub.reset_after, hub.stall_after)
         fault = next((fault for fault in faults if name in fault), None)
         with suppress(ConnectionError):
@@ -213,10 +207,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             hub.sent[name] = len(sent)
             if fault is hub.reset_after:
-                time.sleep(0.5)  # the client has read all by then
-                self.connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
+                # The client has read all by then.
+                time.sleep(0.5)
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 self.connection.close()
             if fault is hub.stall_after:
                 hub.resume.wait(60)
