@@ -36,7 +36,7 @@ def import_pyarrow() -> ModuleType:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            "reading Parquet needs pyarrow: pip install -r requirements-data.txt"
+            "reading Parquet needs pyarrow: pip install -r requirements.txt"
         ) from error
     return pyarrow
 

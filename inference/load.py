@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from common.device import choose_device
 from common.errors import UserError
 from inference.chat import Chat
 from inference.config import DTYPES
@@ -216,15 +215,3 @@ def check_size(name: str, given: int | None, actual: int, path: Path) -> None:
     """UserError where the user gives another size than the file has."""
     if given is not None and given != actual:
         raise UserError(f"--{name} is {given} but {path} has {name} {actual}: leave --{name} out")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device `name`; if not given, the GPU of any make that PyTorch finds, else the CPU."""
-    if name is None:
-        # CUDA, ROCm, MPS, XPU ...
-        has_gpu = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name}: choose cpu, cuda, cuda:1, mps or xpu") from error

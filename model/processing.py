@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.errors import BadSampleError, MissingFileError, UserError
+from common.errors import BadSampleError, UserError
+from model.files import TOKENIZER_PATH, find_tokenizer
 from model.image import load_image
 from model.labels import IGNORE_INDEX, count_labels, find_labels
 from model.LMConfig import IMAGE_TOKEN, VLMConfig
@@ -37,7 +38,6 @@ __all__ = [
     "match_image_tags",
 ]
 
-TOKENIZER_PATH = "model/minimind_tokenizer"
 # Where an image belongs in the text of a user turn.
 IMAGE_TAG = "<image>"
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}
@@ -49,11 +49,7 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
     MissingFileError where there is none; UserError unless it has the ids that the model counts on
     (0 padding, 1 `<s>`, 2 `</s>`, 34 '@').
     """
-    if not (Path(path) / "tokenizer.json").is_file():
-        raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `python -m scripts.download tokenizer`, "
-            "or point --tokenizer to it"
-        )
+    path = find_tokenizer(path)
     # The class that AutoTokenizer would choose too, without importing every other model for it.
     from transformers import PreTrainedTokenizerFast
 

@@ -43,15 +43,16 @@ def load_vision_encoder(
     folder = find_vision_model(path)
     # This takes 2.5 s, so it is not paid before it is needed.
     from safetensors import SafetensorError
-    from transformers import AutoConfig, CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            # Of a whole CLIP's configuration it takes the vision half too.
+            config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
             vision_encoder, loading = CLIPVisionModel.from_pretrained(
                 folder,
-                config=getattr(config, "vision_config", config),
+                config=config,
                 local_files_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,

@@ -35,7 +35,8 @@ def run_forked(command: list[str], env: dict[str, str], stdin, stdout) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+        # By lines, as Python does it for a terminal: the two outputs keep their order.
+        setattr(sys, name, open(number, mode, 1, encoding="utf-8", closefd=False))
     os.environ.update(env)
     os.chdir(Path(__file__).parents[1])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))

@@ -225,7 +225,7 @@ def test_a_set_of_text_and_pictures_needs_no_pyarrow(folder, tmp_path):
     assert finished.stdout.splitlines() == [
         "False False",
         "[1, 1]",
-        "error: reading Parquet needs pyarrow: pip install -r requirements-data.txt",
+        "error: reading Parquet needs pyarrow: pip install -r requirements.txt",
     ]
 
 
