@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import multiprocessing.reduction
 import os
 import signal
 import socket
@@ -105,15 +104,12 @@ class WarmScript:
     """
 
     def __init__(self, *command: str, env: dict | None = None, text: str = ""):
-        self.command, self.printed = command, tempfile.TemporaryFile()
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as stdin:
-            stdin.write(text)
-            stdin.seek(0)
-            files = (stdin, self.printed)
-            streams = [multiprocessing.reduction.DupFd(file.fileno()) for file in files]
-            arguments = ([*map(str, command)], env or {}, *streams)
-            self.process = _SERVER.Process(target=run_forked, args=arguments)
-            self.process.start()
+        self.command, self.folder = command, tempfile.TemporaryDirectory()
+        stdin, self.printed = (Path(self.folder.name) / name for name in ("stdin", "printed"))
+        stdin.write_text(text, encoding="utf-8")
+        arguments = ([*map(str, command)], env or {}, str(stdin), str(self.printed))
+        self.process = _SERVER.Process(target=run_forked, args=arguments)
+        self.process.start()
         self.pid = self.process.pid
 
     def poll(self) -> int | None:
@@ -134,9 +130,8 @@ class WarmScript:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
-        self.printed.seek(0)
-        text = self.printed.read().decode("utf-8", "replace")
-        self.printed.close()
+        text = self.printed.read_text(encoding="utf-8", errors="replace")
+        self.folder.cleanup()
         return subprocess.CompletedProcess(self.command, self.process.exitcode, text)
 
 

@@ -22,16 +22,17 @@ PRELOADED = (
 )
 
 
-def run_forked(command: list[str], env: dict[str, str], stdin, stdout) -> None:
+def run_forked(command: list[str], env: dict[str, str], stdin: str, printed: str) -> None:
     """Be `python COMMAND` with that environment, input and output.
 
     Args:
         command: a script and its arguments, or "-m", a module and its arguments.
         env: what is added to the environment.
-        stdin, stdout: descriptors in the form that multiprocessing sends.
+        stdin: path of a file that is read as standard input.
+        printed: path of a file that gets standard output and errors.
     """
-    os.dup2(stdin.detach(), 0)
-    descriptor = stdout.detach()
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):

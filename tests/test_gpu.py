@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from common.errors import UserError
 from dataset.vlm_dataset import VLMDataset
-from tests.helpers import small_model
+from inference import load_vlm
+from model.weights import save_weights
+from tests.helpers import TOKENIZER, small_model
 from trainer.collate import make_loader
 from trainer.image_encoder import ImageEncoder
 from trainer.loop import accumulate_gradients
@@ -64,3 +67,11 @@ def test_greedy_answers_on_a_gpu_are_the_cpus(eos_token_id):
         )
         answers.append(tokens.cpu())
     assert torch.equal(*answers)
+
+
+def test_small_dtypes_are_for_the_cpu(vision_dir, tmp_path):
+    path = tmp_path / "sft_vlm_64.pth"
+    save_weights(small_model(), path)
+    parts = dict(tokenizer=TOKENIZER, vision_model=vision_dir)
+    with pytest.raises(UserError, match="--dtype int8 is for the CPU, not for cuda"):
+        load_vlm(path, dtype="int8", device="cuda", **parts)

@@ -46,10 +46,8 @@ def test_repairs_of_text():
         ("cafÃ© and â€œquotesâ€\x9d", "café and “quotes”"),
         ("a\x00b\x1b[31mred\x07", "abred"),
         ("e\u0301", "é"),
-        (
-            " ，全角Ａ！ﬁne ",
-            "，全角Ａ！ﬁne",
-        ),  # what people write stays: full-width signs, ligatures
+        # What people write stays: full-width signs, ligatures.
+        (" ，全角Ａ！ﬁne ", "，全角Ａ！ﬁne"),
         ("&lt;image&gt; &amp; text", "<image> & text"),
     ):
         assert repair_text(broken, []) == whole

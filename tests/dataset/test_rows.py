@@ -234,9 +234,8 @@ def test_a_hostile_or_damaged_archive(tmp_path, monkeypatch):
         ImageZip(bomb).find("a.jpg")
     lying = bytearray(bomb.read_bytes())
     at = lying.find(b"PK\x01\x02")
-    lying[at + 24 : at + 28] = struct.pack(
-        "<I", 1000
-    )  # the directory says that ten million bytes are a thousand
+    # The directory says that ten million bytes are a thousand.
+    lying[at + 24 : at + 28] = struct.pack("<I", 1000)
     (tmp_path / "lying.zip").write_bytes(lying)
     with pytest.raises(BadSampleError, match="image damaged"):
         ImageZip(tmp_path / "lying.zip").find("a.jpg")

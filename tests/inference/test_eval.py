@@ -248,7 +248,7 @@ def test_load_1_reads_a_transformers_directory(setup, tmp_path):
     [
         (["--n_layers", "3"], "sft_vlm_64.pth has n_layers 2: leave --n_layers out"),
         (["--weights", "{folder}/sft_vlm_64.pth", "--dim", "128"], "--dim is 128 but "),
-        (["--device", "cuda:7"], "error: --device cuda:7 cannot be used"),
+        (["--device", "cuda:7"], "error: --device cuda:7 but PyTorch sees no GPU here"),
     ],
 )
 def test_mistakes_cost_one_line(setup, changes, message):

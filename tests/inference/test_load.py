@@ -9,7 +9,7 @@ import torch
 
 from common.errors import BadSampleError, MissingFileError, UserError
 from inference import load_vlm
-from inference.load import choose_device
+from common.device import choose_device
 from model.model_lm import MiniMindLM
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import TOKENIZER, picture, run_cold, small_model
@@ -122,9 +122,7 @@ def test_contradictions_name_both_values(described, tmp_path, parts):
         load_vlm(path, n_layers=3)
     with pytest.raises(UserError, match="--dtype is int4: choose from float32, float16, int8"):
         load_vlm(path, dtype="int4")
-    with pytest.raises(UserError, match="--dtype int8 is for the CPU, not for cuda"):
-        load_vlm(path, dtype="int8", device="cuda")
-    with pytest.raises(UserError, match="--device is gpu: choose cpu, cuda"):
+    with pytest.raises(UserError, match="--device gpu is no device: pass cpu, cuda"):
         load_vlm(path, device="gpu")
     assert choose_device(None).type in ("cpu", "cuda", "mps", "xpu")
     language_model = MiniMindLM(small_model().config)
