@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from common.device import choose_device
 from common.errors import BadSampleError, MissingFileError, UserError
 from inference import load_vlm
-from common.device import choose_device
 from model.model_lm import MiniMindLM
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import TOKENIZER, picture, run_cold, small_model
