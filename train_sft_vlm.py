@@ -11,7 +11,7 @@ import sys
 
 from common.errors import run_command
 from common.flags import parse_flags
-from dataset.mixture import find_sources, open_data
+from dataset.mixture import check_sources, open_train_and_val
 from trainer.config import TrainConfig
 from trainer.paths import find_parts
 
@@ -33,8 +33,7 @@ def main() -> None:
     # Flags and files are checked before PyTorch and transformers, which take seconds to import.
     config = parse_flags(DEFAULTS, __doc__)
     find_parts(config)
-    find_sources(config.data_path, config.images_path)
-    find_sources(config.val_data, config.val_images)
+    check_sources(config)
     from trainer.build import build_model, set_trainable
     from trainer.loop import train
     from trainer.runtime import start_runtime
@@ -42,15 +41,8 @@ def main() -> None:
     runtime = start_runtime(config)
     model, processor = build_model(config, runtime)
     set_trainable(model, lambda name: True)
-    length = config.max_seq_len
-    train_data = open_data(config.data_path, config.images_path, processor, length)
-    val_data = None
-    if config.val_data:
-        images = config.val_images or config.images_path
-        val_data = open_data(config.val_data, images, processor, length)
-    result = train(model, train_data, config, val_data, runtime)
-    runtime.close()
-    sys.exit(result.exit_status)
+    train_data, val_data = open_train_and_val(config, processor)
+    sys.exit(train(model, train_data, config, val_data, runtime).exit_status)
 
 
 if __name__ == "__main__":

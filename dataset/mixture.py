@@ -91,6 +91,24 @@ def repeat_rows(n_rows: int, weight: Fraction) -> np.ndarray:
     return np.concatenate([np.tile(numbers, int(whole)), numbers[sum_after > sum_before]])
 
 
+def open_train_and_val(
+    config, processor: VLMProcessor
+) -> tuple[VLMDataset | MixedDataset, VLMDataset | MixedDataset | None]:
+    """(training set, validation set or None) of a run; `config` is a TrainConfig."""
+    length = config.max_seq_len
+    train_data = open_data(config.data_path, config.images_path, processor, length)
+    if not config.val_data:
+        return train_data, None
+    val_images = config.val_images or config.images_path
+    return train_data, open_data(config.val_data, val_images, processor, length)
+
+
+def check_sources(config) -> None:
+    """MissingFileError where a file of a run's training or validation set is missing."""
+    find_sources(config.data_path, config.images_path)
+    find_sources(config.val_data, config.val_images)
+
+
 def open_data(
     data: list[str], images: list[str] | None, processor: VLMProcessor, max_length: int
 ) -> VLMDataset | MixedDataset:

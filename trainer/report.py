@@ -54,10 +54,11 @@ def describe_run(
         for name, value in values.items()
     )
     runtime.print(textwrap.fill(f"config: {options}", 100, subsequent_indent="  "))
+    source = f" of {' '.join(config.data_path)}" if config.data_path else ""
     epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
     runtime.print(
         f"trainable: {sum(parameter.numel() for parameter in trainable):,} parameters\n"
-        f"data: {len(train_data):,} rows of {' '.join(config.data_path)}\n"
+        f"data: {len(train_data):,} rows{source}\n"
         f"steps: {total_steps:,} of {sampler.step_size} samples ({sampler.batch_size} x "
         f"{sampler.accumulation_steps} accumulation x {runtime.world_size} devices), {epochs}"
     )
@@ -210,6 +211,7 @@ class Report:
             f"ask it: python eval_vlm.py --weights {paths.weights} --image PICTURE "
             '--prompt "What is this?"'
         )
+        self.runtime.close()
         return TrainResult(
             paths.weights, step, self.total_steps, self.state.progress.val_loss, number
         )
