@@ -9,10 +9,10 @@ from model.files import ROOT
 
 
 def as_flags(**options: object) -> list[str]:
-    """["--dim", "128", "--dims", "1", "2"] for (dim=128, dims=[1, 2])."""
+    """["--dim", "128", "--dims", "1", "2", "--ddp"] for (dim=128, dims=[1, 2], ddp=True)."""
     flags = []
     for name, value in options.items():
-        values = value if isinstance(value, list | tuple) else [value]
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         flags += [f"--{name}", *map(str, values)]
     return flags
 

@@ -175,15 +175,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def as_flags(**options) -> list[str]:
-    """Command-line flags: dim=64 is --dim 64, a list is a flag with several values."""
-    flags = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        flags += [f"--{name}", *map(str, values)]
-    return flags
-
-
 def read_log(out_dir: Path, event: str, name: str = "sft_vlm_64") -> list[dict]:
     """The lines of a run's log that tell of an event: start, train, validation, end."""
     text = (out_dir / f"{name}.log.jsonl").read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model.weights import read_weights
-from tests.helpers import SHARED, as_flags, needs_shared, read_log, run_script
+from scripts.processes import as_flags
+from tests.helpers import SHARED, needs_shared, read_log, run_script
 
 pytestmark = needs_shared
 FLICKR = SHARED / "flickr8k"

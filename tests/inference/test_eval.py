@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import time
 import urllib.request
@@ -324,7 +325,8 @@ def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
         addresses = {address for address, its_port in local if its_port == f"{port:04X}"}
         assert addresses <= {"0100007F"}, "listens beyond this machine"
     finally:
-        os.killpg(server.pid, 15)
+        # Streamlit's own process is of the same group.
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait(timeout=20)
 
 

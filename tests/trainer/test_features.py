@@ -5,14 +5,8 @@ import torch
 
 from model.vision import normalize_pixels, patch_features
 from model.weights import read_weights
-from tests.helpers import (
-    as_flags,
-    picture,
-    read_log,
-    run_script,
-    small_image_processor,
-    small_vision_encoder,
-)
+from scripts.processes import as_flags
+from tests.helpers import picture, read_log, run_script, small_image_processor, small_vision_encoder
 from trainer.collate import Batch
 from trainer.feature_cache import FeatureCache, name_cache
 from trainer.image_encoder import ImageEncoder

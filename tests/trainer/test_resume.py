@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.weights import read_weights
+from scripts.processes import as_flags
 from tests.helpers import (
     WarmScript,
-    as_flags,
     free_port,
     read_log,
     run_cold,
