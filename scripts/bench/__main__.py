@@ -29,7 +29,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", nargs="?", choices=SUBJECTS, help="what to measure (default: train)")
+
+    # what, and on what
+    subject = "what to measure (default: train, and on a GPU decode too)"
+    add("what", nargs="?", choices=SUBJECTS, help=subject)
     add("--flickr8k", type=Path, help="folder of real rows and images; scenes if not given")
     add("--tokenizer", default="model/demo/tokenizer", help="folder (default: the demo's)")
     add("--device", help="cpu or cuda; a GPU if there is one, if not given")
@@ -39,6 +42,8 @@ def parse_args() -> argparse.Namespace:
         choices=("bfloat16", "float32"),
         help="of our training, as in the training scripts (default: bfloat16)",
     )
+
+    # which rows of the table
     stages = ("pretrain", "sft")
     add("--stages", nargs="+", choices=stages, default=stages, help="of training (default: both)")
     add(
@@ -57,9 +62,11 @@ def parse_args() -> argparse.Namespace:
         default=recipes,
         help="of training; levers: the published one with one part of ours (default: all)",
     )
+
+    # how much of each
     add("--batch_size", type=int, help="samples in a batch; as published if not given")
-    add("--steps", type=int, default=6, help="of an epoch of ours (default: 6)")
-    add("--published_steps", type=int, default=4, help="of the published recipe (default: 4)")
+    add("--steps", type=int, default=6, help="steps of an epoch of ours (default: 6)")
+    add("--published_steps", type=int, default=4, help="steps of the published one (default: 4)")
     add("--warm_up", type=int, default=1, help="first steps of ours not counted (default: 1)")
     add("--seeds", type=int, default=3, help="runs of each recipe for quality (default: 3)")
     add(

@@ -60,6 +60,7 @@ def main() -> None:
 
 def train_stages() -> None:
     """Each stage starts from the weights of the one before; sizes come with them."""
+    # reads
     train(
         "base: the language model reads about scenes (it starts from a shipped stand-in for "
         "lm_512.pth)",
@@ -70,6 +71,7 @@ def train_stages() -> None:
         batch_size=32,
         learning_rate="1e-4",
     )
+    # sees
     train(
         "pretraining: the projector learns to translate patches into that language",
         "train_pretrain_vlm.py",
@@ -79,6 +81,7 @@ def train_stages() -> None:
         learning_rate="2e-3",
         warmup_iters=20,
     )
+    # answers
     train(
         "SFT: the whole language model learns to answer about images",
         "train_sft_vlm.py",
@@ -89,6 +92,7 @@ def train_stages() -> None:
         learning_rate="6e-4",
         warmup_iters=20,
     )
+    # compares
     train(
         "multi-image SFT: the same model goes on with questions about two images",
         "train_sft_vlm.py",

@@ -107,15 +107,13 @@ class HuggingFace:
         try:
             yield
         except errors.HFValidationError as error:
-            raise UserError(
-                f"--repo {repo} is no repository name: give it as OWNER/NAME"
-            ) from error
+            message = f"--repo {repo} is no repository name: give it as OWNER/NAME"
+            raise UserError(message) from error
         except errors.OfflineModeIsEnabled as error:
             raise UserError("HF_HUB_OFFLINE is set: unset it to download") from error
         except errors.GatedRepoError as error:
-            raise UserError(
-                f"{repo} asks for consent: give it on its page, then `hf auth login`"
-            ) from error
+            message = f"{repo} asks for consent: give it on its page, then `hf auth login`"
+            raise UserError(message) from error
         except errors.RepositoryNotFoundError as error:
             raise UserError(_no_repository(repo, kind, hub, "hf auth login")) from error
         except errors.EntryNotFoundError as error:
@@ -172,9 +170,8 @@ class ModelScope:
                 raise UserError(_no_file(repo, name)) from error
             raise UserError(_no_repository(repo, kind, hub, "ms login")) from error
         except (client.AuthenticationError, client.PermissionDeniedError) as error:
-            raise UserError(
-                f"modelscope does not let you read {repo}: `ms login` first, or pass --repo"
-            ) from error
+            message = f"modelscope does not let you read {repo}: `ms login` first, or pass --repo"
+            raise UserError(message) from error
         except client.FileIntegrityError as error:
             raise UserError(_other_bytes(repo, name)) from error
         except client.NetworkError as error:
