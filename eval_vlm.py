@@ -31,7 +31,7 @@ PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一�
 
 def main() -> None:
     # Flags and files are checked before PyTorch and transformers, which take seconds to import.
-    config = parse_flags(EvalConfig(), __doc__.splitlines()[0])
+    config = parse_flags(EvalConfig(), __doc__)
     model = find_model(config)
     groups = find_pictures(config)
     if config.data:

@@ -19,7 +19,7 @@ DEFAULTS = WebConfig(max_new_tokens=256)
 
 
 def main() -> None:
-    config = parse_flags(DEFAULTS, __doc__.splitlines()[0])
+    config = parse_flags(DEFAULTS, __doc__)
     # Streamlit runs this file again, in a process of its own.
     if "streamlit" in sys.modules:
         from inference.web_page import show_page

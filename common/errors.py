@@ -37,7 +37,7 @@ class BadSampleError(UserError):
 
 
 def list_reasons(reasons: Counter[str]) -> str:
-    """ "12 image missing, 3 empty answer", the most frequent first."""
+    """Reasons by their counts, such as "12 image missing, 3 empty answer"."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 

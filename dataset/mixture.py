@@ -106,7 +106,8 @@ def open_train_and_val(
 def check_sources(config) -> None:
     """MissingFileError where a file of a run's training or validation set is missing."""
     find_sources(config.data_path, config.images_path)
-    find_sources(config.val_data, config.val_images)
+    if config.val_data:
+        find_sources(config.val_data, config.val_images or config.images_path)
 
 
 def open_data(

@@ -35,9 +35,7 @@ def import_pyarrow() -> ModuleType:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(
-            "reading Parquet needs pyarrow: pip install -r requirements.txt"
-        ) from error
+        raise UserError("reading Parquet needs pyarrow: pip install -r requirements.txt") from error
     return pyarrow
 
 

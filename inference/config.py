@@ -115,7 +115,9 @@ class EvalConfig(AskConfig):
         group="what to measure",
     )
     images_path: list[str] = option(
-        [], "folder or .zip of the images that --data names: one for all files, or one for each"
+        [],
+        "folder or .zip of the images that --data names: one for all files, or one for each",
+        aliases=("--images",),
     )
     show_images: Literal["right", "wrong", "none"] = option(
         "right", "give each row of --data its images, those of another row, or none"

@@ -21,6 +21,7 @@ class LMConfig(PretrainedConfig):
         vocab_size: tokens of the tokenizer.
         hidden_dim: width inside the feed-forward block; if not given, 2/3 * 4 * dim, rounded up
             to a multiple of `multiple_of`.
+        multiple_of: hidden_dim is rounded up to a multiple of this.
         norm_eps: what RMSNorm adds to the mean square before the root.
         max_seq_len: most tokens of a sequence, image tokens included.
         rope_theta: base of the rotary position frequencies.
@@ -44,7 +45,7 @@ class LMConfig(PretrainedConfig):
         dropout: float = 0.0,
         **kwargs,
     ):
-        # A misspelt size would otherwise be kept by PretrainedConfig without a word.
+        # PretrainedConfig would store a misspelled size without a word.
         unknown = sorted(kwargs.keys() - PretrainedConfig().to_dict().keys())
         if unknown:
             known = ", ".join(size_names(type(self)))
@@ -53,7 +54,7 @@ class LMConfig(PretrainedConfig):
             if size < 1:
                 raise UserError(f"{name} is {size}: it has to be at least 1")
 
-        # Heads of fewer than 32 dimensions cannot tell words apart (dev/LOG.md).
+        # Heads of fewer than 32 dimensions cannot tell tokens apart (dev/LOG.md).
         if n_heads is None:
             n_heads = next(n for n in (8, 4, 2) if dim >= 32 * n or n == 2)
         if dim % n_heads or dim // n_heads % 2:

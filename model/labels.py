@@ -1,4 +1,4 @@
-"""Which tokens the loss is a mean over. Needs torch alone, so that the network needs no more."""
+"""Which tokens the loss is a mean over."""
 
 import torch
 

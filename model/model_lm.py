@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The same in one kernel.
+        # All float32: one kernel does it.
         if x.dtype == self.weight.dtype == torch.float32:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
@@ -116,7 +116,7 @@ class KVCache:
         return all_keys[:, :, : self.n_visible], all_values[:, :, : self.n_visible]
 
     def rewind(self, length: int) -> None:
-        """Go on behind the first `length` tokens."""
+        """Forget all but the first `length` tokens."""
         self.length = length
         self.position.fill_(length)
 
@@ -194,7 +194,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # w1 decides how much of each number of w3 passes
+        # silu(w1 x) is a gate: it scales each element of w3 x.
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -231,7 +231,7 @@ class MiniMindLM(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._init_weights()
-        # One matrix for input and output (Press & Wolf 2017): with 6,400 words it is large.
+        # One matrix for input and output (Press & Wolf 2017): with 6,400 tokens it is large.
         self.output.weight = self.tok_embeddings.weight
         rope = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rope", rope, persistent=False)
@@ -257,7 +257,7 @@ class MiniMindLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """Run all blocks: the one way of training, prefill, decoding and CUDA graphs.
+        """Run all blocks: training, prefill, decoding and CUDA graphs use this one way.
 
         Args:
             embeddings: float[B, T, dim] of the new tokens.
@@ -315,5 +315,5 @@ def find_visible(
     visible = (columns <= rows)[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
         # Padding looks at itself: a softmax over nothing would be NaN.
-        visible = visible & attention_mask.bool()[:, None, None, :] | (columns == rows)
+        visible = (visible & attention_mask.bool()[:, None, None, :]) | (columns == rows)
     return visible

@@ -179,7 +179,7 @@ class MiniMindVLM(MiniMindLM):
             attention_mask: int64[B, S], see `run_layers`.
             image_features: float[k, patches, vision_dim], instead of pixel_values.
             cache: see `run_layers`.
-            return_logits: False computes the output head for label tokens only; with 6,400 words
+            return_logits: False computes the output head for label tokens only; with 6,400 tokens
                 the whole is a third of a pretraining step.
             image_token_indices: see `find_image_tokens`.
             label_indices: see `find_labels`. With both indices given, the host never waits for a
@@ -206,7 +206,7 @@ class MiniMindVLM(MiniMindLM):
         # The one place where labels are shifted: a token is predicted by the one before it.
         predictors = hidden.flatten(0, 1)[label_indices - 1]  # (label tokens, dim)
         logits = self.output(predictors)  # (label tokens, vocab_size)
-        # The softmax of 6,400 words needs float32, whatever dtype the model is in.
+        # The softmax over 6,400 tokens needs float32, whatever dtype the model is in.
         total = F.cross_entropy(logits.float(), labels.flatten()[label_indices], reduction="sum")
         return total / max(len(label_indices), 1)
 

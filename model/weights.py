@@ -1,7 +1,7 @@
 """Weights on disk: published names, whole files, and loads that never guess.
 
 Training writes two files: NAME_DIM.pth, a state dict under the published names and without CLIP,
-and NAME_DIM.json, which says what it is (`describe_weights`). Published files have no JSON; their
+and NAME_DIM.json, which says what it is (`save_weights`). Published files have no JSON; their
 sizes are read off the tensors.
 """
 
@@ -33,7 +33,7 @@ def select_weights(model: MiniMindLM) -> dict[str, torch.Tensor]:
 
 
 def describe_config(config: LMConfig) -> dict[str, int | float]:
-    """Every number that the network is made from."""
+    """All sizes of the network, as plain numbers."""
     sizes = config.language_sizes()
     if isinstance(config, VLMConfig):
         sizes |= {"vision_dim": config.vision_dim, "n_image_tokens": config.n_image_tokens}
@@ -169,13 +169,13 @@ def load_weights(
 def _check_described_sizes(config: LMConfig, described: dict, source: str | Path) -> None:
     """Compare with the JSON beside the weights; it knows what no shape shows: rope_theta."""
     ours = describe_config(config)
+    # Some sizes have flags; `_check_tensor_sizes` names these.
+    others = (*_FREE_SIZES, "dim", "n_layers", "vocab_size")
     different = [
         name
         for name in described
-        if name in ours and described[name] != ours[name] and name not in _FREE_SIZES
+        if name in ours and name not in others and described[name] != ours[name]
     ]
-    # Some sizes have flags; `_check_tensor_sizes` names these.
-    different = [name for name in different if name not in ("dim", "n_layers", "vocab_size")]
     if different:
         theirs = ", ".join(f"{name} {described[name]}" for name in different)
         mine = ", ".join(f"{name} {ours[name]}" for name in different)

@@ -38,7 +38,7 @@ def processor(tokenizer):
 @pytest.fixture(scope="session")
 def vision_dir(tmp_path_factory) -> Path:
     """A folder as CLIP's: config, weights, preprocessing."""
-    folder = tmp_path_factory.mktemp("tower")
+    folder = tmp_path_factory.mktemp("vision_encoder")
     small_vision_encoder().save_pretrained(folder)
     small_image_processor().save_pretrained(folder)
     return folder

@@ -21,8 +21,8 @@ from trainer.runtime import Runtime
 def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLMProcessor]:
     """The network on its device with random weights, and the processor that feeds it.
 
-    Sizes come from the flags, else from the weights to start from. `train` loads these: where a run
-    starts is decided in one place (run_state.py).
+    dim and n_layers come from the flags, else from the weights to start from. `train` loads these:
+    where a run starts is decided in one place (run_state.py).
     """
     start, tokenizer_path, vision_path = find_parts(config)
     sizes = {}

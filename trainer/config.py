@@ -11,9 +11,9 @@ from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
 class TrainConfig:
     """Options of a training run; each field is a flag of both training scripts too.
 
-    The scripts hold the defaults of their stage (train_pretrain_vlm.py, train_sft_vlm.py). Nothing
-    changes a TrainConfig: what is found out on the way (device, dtype, batch size) is kept by those
-    who find it out. UserError for a value that cannot be.
+    The scripts hold the defaults of their stage (train_pretrain_vlm.py, train_sft_vlm.py). A
+    TrainConfig never changes; what is found out later (device, dtype, batch size) is stored by
+    whoever finds it out. UserError for an impossible value.
     """
 
     # Where the samples come from.
@@ -99,7 +99,10 @@ class TrainConfig:
         least=1,
     )
     auto_step_size: int = option(
-        16, "with --batch_size auto: samples of an optimizer step, on each device", least=1
+        16,
+        "with --batch_size auto: samples of an optimizer step on each device, times "
+        "accumulation_steps",
+        least=1,
     )
     memory_gb: float | None = option(
         None,

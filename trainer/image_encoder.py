@@ -14,7 +14,7 @@ from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache, name_cache
 from trainer.runtime import Runtime
 
-UNWRITTEN_BATCHES = 8  # before training waits for the disk
+UNWRITTEN_BATCHES = 8  # more: training waits for the disk
 
 
 class ImageEncoder:
@@ -57,7 +57,9 @@ class ImageEncoder:
             self._store(keys, features)
         if batch.cached_features is None:
             return features
-        # Joined fresh ones first, then put into the order of the images.
+        # Joined fresh ones first, then put into the order of the images: the second argsort turns
+        # "which image comes at this place" into "at which place is this image". (A mask would make
+        # the host wait for a GPU.)
         order = batch.is_cached.int().argsort(stable=True).argsort()
         joined = torch.cat((features, batch.cached_features))
         return joined[order.to(features.device, non_blocking=True)]

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from model.model_vlm import MiniMindVLM
 from trainer.auto_batch import choose_batch_size
@@ -24,22 +24,22 @@ from trainer.schedule import Schedule
 
 def train(
     model: MiniMindVLM,
-    train_data: Dataset,
+    train_data,
     config: TrainConfig,
-    val_data: Dataset | None = None,
+    val_data=None,
     runtime: Runtime | None = None,
 ) -> TrainResult:
     """Train every parameter that requires a gradient; leave weights, log and curve in out_dir.
 
     Args:
         model: with a vision encoder; starts from config.init_weights, or as it is.
-        train_data: has `lengths`, `read_text(index)` and `processor`, as VLMDataset.
+        train_data: a VLMDataset or MixedDataset (dataset/).
         config: options of the run.
         val_data: for a validation loss; the best weights are then saved too.
         runtime: device and processes; made from `config` if not given.
     """
     runtime = runtime or start_runtime(config)
-    model.to(runtime.device)
+    model.to(runtime.device).train()
     batch_size, accumulation_steps = choose_batch_size(model, train_data, config, runtime)
 
     # What learns, in which order it sees the data, and how far it is.
@@ -64,12 +64,12 @@ def train(
     images = open_image_encoder(model, train_data, config, runtime)
     num_workers = runtime.count_workers(config.num_workers)
     loader = make_loader(train_data, sampler, num_workers, images.cache, runtime.is_gpu)
-    is_alone = runtime.world_size == 1
-    network = model if is_alone else DistributedDataParallel(model, forward_sync_buffers=False)
-    report = Report(config, state, schedule.total_steps, images.cache)
-    meter = report.meter
+    network = model
+    if runtime.world_size > 1:  # ranks exchange gradients through it
+        network = DistributedDataParallel(model, forward_sync_buffers=False)
+    report = Report(config, state, schedule.total_steps, train_data, images.cache)
+    meter, is_stopped = report.meter, False
 
-    model.train()
     with runtime.stop.listening(), report.following():
         steps = optimizer_steps(loader, sampler, config.epochs, meter)
         for micro_batches in itertools.islice(steps, schedule.steps_left):
@@ -99,29 +99,29 @@ def train(
                 or sampler.steps_left == 0
                 or (config.val_interval is not None and step % config.val_interval == 0)
             )
-            if not (is_log_due or is_val_due or is_save_due or runtime.reads_every_step(step)):
+            if not (is_log_due or is_val_due or is_save_due or runtime.is_read_due(step)):
                 continue  # a GPU is not kept waiting
             last_loss, last_norm = report.read_losses()
-            report.is_stopped = runtime.any_rank(runtime.stop.is_requested)
+            is_stopped = runtime.any_rank(runtime.stop.is_requested)
             if is_log_due:
                 report.log_step(last_loss, last_norm, learning_rate)
-            if is_val_due and not report.is_stopped:
+            if is_val_due and not is_stopped:
                 val_loss = validate(model, images, val_data, batch_size, runtime)
                 report.log.validation(step, val_loss)
                 state.save_if_best(val_loss)
-            if is_save_due or report.is_stopped:
+            if is_save_due or is_stopped:
                 state.save()
-            if report.is_stopped:
+            if is_stopped:
                 break
         images.close()
         report.write_end()
-    return report.end()
+    return report.end(is_stopped)
 
 
 def optimizer_steps(
     loader: DataLoader, sampler: StepSampler, epochs: int, meter: Meter
 ) -> Iterator[list[Batch]]:
-    """The batches of every optimizer step that is left, epoch by epoch."""
+    """The batches of every optimizer step that is left; the caller advances the sampler."""
     while sampler.steps_left or sampler.epoch + 1 < epochs:
         if not sampler.steps_left:
             sampler.start_epoch(sampler.epoch + 1)
@@ -167,7 +167,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def validate(
-    model: MiniMindVLM, images: ImageEncoder, val_data: Dataset, batch_size: int, runtime: Runtime
+    model: MiniMindVLM, images: ImageEncoder, val_data, batch_size: int, runtime: Runtime
 ) -> float:
     """Mean loss over all label tokens of `val_data`, which the ranks share out."""
     model.eval()
@@ -179,7 +179,7 @@ def validate(
         shuffle=False,
     )
     loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
-    for batch in make_loader(val_data, sampler, 0, images.cache):
+    for batch in make_loader(val_data, sampler, num_workers=0, cache=images.cache):
         batch, count = batch.to(runtime.device), batch.n_labels
         with runtime.autocast():
             features = images.features(batch)

@@ -19,9 +19,7 @@ PARTS = ("data", "vision", "forward", "backward", "optimizer")
 class Meter:
     """Counts what this rank has seen since the last log line: images, tokens, seconds of each part.
 
-    Args:
-        runtime: of the run.
-        time_split: on a GPU, time the parts too: the host then waits for the device at each.
+    With `time_split` the parts are timed on a GPU too: the host then waits for it at each one.
     """
 
     def __init__(self, runtime: Runtime, time_split: bool = False):
@@ -40,6 +38,7 @@ class Meter:
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the time of this block to `part`."""
+        # Loading is work of the host: it is timed on a GPU too, without a wait.
         if part != "data" and not self.times_parts:
             yield
             return
@@ -63,7 +62,7 @@ class Meter:
             self.padding += batch.n_padding
 
     def take_rates(self) -> dict[str, float]:
-        """Means over all ranks since the last call, and shares of the time by part."""
+        """Totals of all ranks per second since the last call; this rank's share of time by part."""
         seconds = time.perf_counter() - self.since
         images, labels, tokens, padding = self.runtime.sum_over_ranks(
             self.images, self.labels, self.tokens, self.padding

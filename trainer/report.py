@@ -78,16 +78,22 @@ class Report:
         config: of the run.
         state: of the run, started.
         total_steps: optimizer steps of the whole run.
+        train_data: what it learns from.
         cache: of image features, if there is one.
     """
 
     def __init__(
-        self, config: TrainConfig, state: RunState, total_steps: int, cache: FeatureCache | None
+        self,
+        config: TrainConfig,
+        state: RunState,
+        total_steps: int,
+        train_data,
+        cache: FeatureCache | None,
     ):
         self.config, self.state, self.cache = config, state, cache
+        self.has_images = train_data.n_images > 0
         self.runtime: Runtime = state.runtime
         self.first_step, self.total_steps = state.progress.step, total_steps
-        self.is_stopped = False
         self.meter = Meter(self.runtime, config.time_split)
         self.losses = LossWatch(config.data_path)
         self.log = RunLog(state.paths, self.first_step, total_steps, config, self.runtime.is_main)
@@ -189,28 +195,28 @@ class Report:
             peak_memory_bytes=self.runtime.peak_memory(),
         )
 
-    def end(self) -> TrainResult:
+    def end(self, is_stopped: bool) -> TrainResult:
         """Print how the run ended and what it left; the one place where a run ends."""
         step, paths = self.state.progress.step, self.state.paths
-        number = self.runtime.stop.number if self.is_stopped else None
+        is_stopped = is_stopped and step < self.total_steps
+        number = self.runtime.stop.number if is_stopped else None
         if self.meter.skipped:
             self.runtime.print(f"skipped while training: {list_reasons(self.meter.skipped)}")
         if self.first_step == self.total_steps:
             self.runtime.print(
                 f"nothing is left to do: all {self.total_steps} steps were done before"
             )
-        elif number is not None and step < self.total_steps:
+        elif is_stopped:
             self.runtime.print(
                 f"stopped by {signal.Signals(number).name} after step {step} of "
                 f"{self.total_steps}; the same command with --resume continues"
             )
-        else:
-            number = None
-        self.runtime.print(
-            f"weights: {paths.weights}\ncurve: {paths.curve}\nlog: {paths.log}\n"
-            f"ask it: python eval_vlm.py --weights {paths.weights} --image PICTURE "
-            '--prompt "What is this?"'
-        )
+        self.runtime.print(f"weights: {paths.weights}\ncurve: {paths.curve}\nlog: {paths.log}")
+        if self.has_images:
+            self.runtime.print(
+                f"ask it: python eval_vlm.py --weights {paths.weights} --image PICTURE "
+                '--prompt "What is this?"'
+            )
         self.runtime.close()
         return TrainResult(
             paths.weights, step, self.total_steps, self.state.progress.val_loss, number

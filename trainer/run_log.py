@@ -33,7 +33,7 @@ class RunLog:
         self.train_points: list[tuple[int, float]] = []
         self.val_points: list[tuple[int, float]] = []
         self.start_time = time.perf_counter()
-        self.progress = tqdm(
+        self.bar = tqdm(
             initial=first_step,
             total=total_steps,
             desc=paths.weights.stem,
@@ -90,11 +90,11 @@ class RunLog:
 
     def advance(self) -> None:
         """Move the progress bar by one optimizer step."""
-        self.progress.update()
+        self.bar.update()
 
     def show_loss(self, loss: float) -> None:
         if self.is_main:
-            self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def train(self, step: int, **values: float) -> None:
         if self.is_main:
@@ -114,7 +114,7 @@ class RunLog:
     def print(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:
-            self.progress.write(line)
+            self.bar.write(line)
 
     def _write(self, **record) -> None:
         record["seconds"] = round(time.perf_counter() - self.start_time, 2)
@@ -124,7 +124,7 @@ class RunLog:
             self.wandb.log(numbers)
 
     def close(self) -> None:
-        self.progress.close()
+        self.bar.close()
         if not self.is_main:
             return
         try:

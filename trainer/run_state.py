@@ -99,7 +99,7 @@ class RunState:
         self.runtime.print(f"starts from: {path or 'the weights of the model as it is'}")
 
     def _read_newest(self) -> tuple[dict | None, list[Path]]:
-        """(state, the files up to the one it was read from).
+        """(the newest whole run state or None, the files up to it).
 
         A damaged file is passed over for the one before it. UserError where all are damaged: a run
         is never done again from its start without a word.
@@ -139,13 +139,17 @@ class RunState:
         )
 
     def is_save_due(self) -> bool:
-        """Every --save_interval steps; once a minute if that is not given."""
-        if self.config.save_interval is not None:
-            return self.progress.step % self.config.save_interval == 0
-        return time.monotonic() > self.saved_at + SAVE_SECONDS
+        """Every --save_interval steps; else once a minute, at a step that all ranks read.
+
+        Clocks of ranks differ: a rank that reads alone would wait for the others forever.
+        """
+        step, interval = self.progress.step, self.config.save_interval
+        if interval is not None:
+            return step % interval == 0
+        return self.runtime.is_read_due(step) and time.monotonic() > self.saved_at + SAVE_SECONDS
 
     def describe_newest(self) -> str:
-        """What an error message says about what is safe."""
+        """The end of an error message: which run state is safe."""
         if not self.saved:
             return ""
         return f"; the last run state is intact, --resume continues from it: {self.saved[-1]}"
@@ -171,6 +175,7 @@ class RunState:
         save_atomically(state, path)
         self.saved = [other for other in self.saved if other != path] + [path]
         self._save_weights(self.paths.weights)
+        # Older ones, those of an earlier run, and halves that a killed process left.
         newest = self.saved[-self.config.keep_run_states :]
         for other in self.paths.resume.iterdir():
             if other not in newest:
@@ -186,12 +191,18 @@ class RunState:
 
     def _save_weights(self, path: Path) -> None:
         """The weights and what they are, see model/weights.py."""
+        parameters = self.model.named_parameters()
+        is_trainable = [
+            parameter.requires_grad
+            for name, parameter in parameters
+            if not name.startswith("vision_encoder.")
+        ]
         save_weights(
             self.model,
             path,
             tokenizer=self.processor.tokenizer.name_or_path,
             vision_model=self.model.vision_encoder.name_or_path,
-            stage=self.config.save_name,
+            stage="sft" if all(is_trainable) else "pretrain",
             data=self.config.data_path,
             step=self.progress.step,
             val_loss=self.progress.val_loss,

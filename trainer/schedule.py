@@ -7,16 +7,10 @@ from trainer.sampler import StepSampler
 
 
 class Schedule:
-    """Made when a run starts or resumes.
-
-    Args:
-        config: epochs, max_steps, learning_rate and warmup_iters.
-        sampler: at the position where the run starts.
-        steps_done: optimizer steps before that.
-    """
+    """Made when a run starts or resumes, with the sampler at the position where that is."""
 
     def __init__(self, config: TrainConfig, sampler: StepSampler, steps_done: int):
-        self.base, self.warmup_steps = config.learning_rate, config.warmup_iters
+        self.base, self.warmup_iters = config.learning_rate, config.warmup_iters
         self.total_steps = count_steps(config, sampler, steps_done)
         self.steps_left = self.total_steps - steps_done
         # The last step of an epoch may be short.
@@ -25,9 +19,9 @@ class Schedule:
         self.total_samples = min(all_samples, planned)
 
     def learning_rate(self, samples_done: int, steps_done: int) -> float:
-        """For the next step. Samples count, not steps, so that another batch size fits in."""
-        warm_up = min(1.0, (steps_done + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warm_up * cosine(samples_done, self.total_samples, self.base)
+        """Of the next step. It follows samples, so that a resumed run may change its batch size."""
+        factor = min(1.0, (steps_done + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        return factor * cosine(samples_done, self.total_samples, self.base)
 
 
 def cosine(done: float, total: float, base: float) -> float:

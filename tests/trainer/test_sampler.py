@@ -106,7 +106,7 @@ def test_bad_samples_are_left_out_and_counted():
         and len(batch.pixels) == 1
     )
     assert batch.label_indices.tolist() == [1, 2, 7, 8, 9, 10, 13, 14, 15, 16, 17], (
-        "the first of a row has no successor"
+        "nothing comes before the first token of a row"
     )
     assert batch.n_labels == 2 + 4 + 5 and batch.n_padding == 3 + 1
     blank = safe.collate([safe[1], safe[4]])

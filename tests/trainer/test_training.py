@@ -91,7 +91,7 @@ def test_the_options_are_printed_once_and_stored_with_the_weights(one_process, o
         assert stored["data_path"] == [str(options["data_path"])]
     info = read_info(out_dir / "sft_vlm_64.pth")
     assert info["config"]["dim"] == 64 and info["config"]["n_image_tokens"] == N_PATCHES
-    assert info["tokenizer"] == str(TOKENIZER) and info["stage"] == "sft_vlm"
+    assert info["tokenizer"] == str(TOKENIZER) and info["stage"] == "sft"
     assert info["vision_model"] == str(options["vision_model"]) and info["step"] == 6
 
 
