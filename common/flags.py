@@ -7,6 +7,8 @@ of the dataclass; `list_flags` gives the same facts to the documentation.
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -64,7 +66,7 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
 
     The options check themselves when the copy is made, see `check_options`.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(program_name(), description=description.splitlines()[0])
     types = get_type_hints(type(defaults))
     group = parser
     for flag, field in zip(list_flags(defaults), dataclasses.fields(defaults)):
@@ -78,6 +80,14 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
             **_how_to_read(types[field.name], field.name),
         )
     return dataclasses.replace(defaults, **vars(parser.parse_args(arguments)))
+
+
+def program_name() -> str:
+    """What a user typed: "train_sft_vlm.py" or "python -m dataset.clean"."""
+    main = sys.modules["__main__"].__spec__
+    if main is None:
+        return os.path.basename(sys.argv[0])
+    return f"python -m {main.name.removesuffix('.__main__')}"
 
 
 def describe_default(default: Any) -> str:

@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from common.errors import run_command
+from common.flags import program_name
 from dataset.scenes.write import FILES, N_ROWS, write_scene_set
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m dataset.scenes", description=__doc__)
+    parser = argparse.ArgumentParser(program_name(), description=__doc__)
     parser.add_argument("folder", type=Path, help="folder that the set is written to")
     parser.add_argument(
         "--seed", type=int, default=1337, help="seed of every scene and question (default: 1337)"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.errors import run_command
 from common.files import write_text
+from common.flags import program_name
 from scripts.download.items import LAYERS
 
 # Each is a module beside this one with `measure(args)`, which prints its rows and returns them.
@@ -26,7 +27,7 @@ RESULTS = Path("out/bench.json")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
 

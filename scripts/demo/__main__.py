@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.errors import run_command
 from common.files import write_text
+from common.flags import program_name
 from dataset.scenes.text import PAIR_TYPES, QUESTION_TYPES
 from dataset.scenes.write import FILES, write_scene_set
 from scripts.processes import as_flags, run_python
@@ -29,7 +30,7 @@ TWO_IMAGES = {"right": "accuracy_multi", "wrong": "accuracy_multi_wrong_images"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import MissingFileError, UserError, run_command
+from common.flags import program_name
 from model.files import ROOT
 from scripts.download.hubs import HUBS, HuggingFace, ModelScope, RemoteFile, is_whole
 from scripts.download.items import ITEMS, choose_files, describe_files, list_present, next_command
@@ -45,7 +46,7 @@ def main() -> None:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read a command line; sys.argv if not given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(program_name(), description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("what", nargs="*", metavar="WHAT", help=f"one or more of: {', '.join(ITEMS)}, all")
     add(
