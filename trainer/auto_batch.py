@@ -65,7 +65,7 @@ def _measure_peak(model: MiniMindVLM, train_data, size: int, runtime: Runtime) -
 
     Gradients stay, as they do between accumulated batches.
     """
-    if runtime.is_gpu:
+    if runtime.has_own_memory:
         torch.accelerator.reset_peak_memory_stats(runtime.device)
     longest = np.argsort(train_data.lengths)[::-1]
     samples = TrainSamples(train_data)

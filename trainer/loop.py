@@ -62,8 +62,8 @@ def train(
 
     # Where its batches and image features come from, and where its results go.
     images = open_image_encoder(model, train_data, config, runtime)
-    num_workers = runtime.count_workers(config.num_workers)
-    loader = make_loader(train_data, sampler, num_workers, images.cache, runtime.is_gpu)
+    num_workers, is_pinned = runtime.count_workers(config.num_workers), runtime.has_own_memory
+    loader = make_loader(train_data, sampler, num_workers, images.cache, is_pinned)
     network = model
     if runtime.world_size > 1:  # ranks exchange gradients through it
         network = DistributedDataParallel(model, forward_sync_buffers=False)

@@ -71,6 +71,11 @@ class Runtime:
         return self.device.type != "cpu"
 
     @property
+    def has_own_memory(self) -> bool:
+        """Not so on a CPU, nor on a Mac, whose GPU shares the memory of the CPU."""
+        return self.device.type not in ("cpu", "mps")
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
@@ -133,13 +138,13 @@ class Runtime:
 
     def peak_memory(self) -> int:
         """Largest memory so far, in bytes: of the GPU, or of this process without one."""
-        if self.is_gpu:
+        if self.has_own_memory:
             return torch.accelerator.max_memory_allocated(self.device)
         return peak_process_memory()
 
     def free_memory(self) -> float:
         """Bytes that this process may use: what it holds, and its share of what is free."""
-        if self.is_gpu:
+        if self.has_own_memory:
             free, _ = torch.accelerator.get_memory_info(self.device)
             return free + torch.accelerator.memory_reserved(self.device)
         import psutil
