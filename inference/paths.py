@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from common.errors import MissingFileError, UserError
 from inference.config import DTYPES, AskConfig
 from model.files import (
+    DEFAULT_DIM,
     TOKENIZER_PATH,
     VISION_MODEL_PATH,
     WEIGHTS_NAMES,
@@ -21,7 +22,6 @@ from model.files import (
     weights_path,
 )
 
-DEFAULT_DIM = 512
 # What a folder of weights is searched for, the best first.
 PREFERRED_NAMES = [WEIGHTS_NAMES[mode] for mode in (1, 2, 0)]
 

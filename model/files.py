@@ -11,6 +11,7 @@ from common.errors import MissingFileError, UserError
 ROOT = Path(__file__).parents[1]  # of the repository
 TOKENIZER_PATH = "model/minimind_tokenizer"
 VISION_MODEL_PATH = "model/vision_model"
+DEFAULT_DIM = 512  # width if nothing says it
 # Published names of weights, by --model_mode.
 WEIGHTS_NAMES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 

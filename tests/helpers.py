@@ -145,17 +145,13 @@ def run_script(*command: str, env: dict | None = None, input: str = ""):
 
 def run_cold(*command: str, **options) -> subprocess.CompletedProcess:
     """The same in a fresh Python, for what a warm process would hide: start-up, torchrun."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=env,
-        timeout=240,
-        **options,
-    )
+    process = start_script(*command, **options)
+    try:
+        printed, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, printed)
 
 
 def start_script(*command: str, **options) -> subprocess.Popen:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from torch.nn import Parameter
 
 from common.errors import UserError
-from model.files import read_info
+from model.files import DEFAULT_DIM, read_info
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
 from model.vision import load_vision_encoder
 from model.weights import read_sizes, read_weights
 from trainer.config import TrainConfig
-from trainer.paths import DEFAULT_DIM, find_parts
+from trainer.paths import find_parts
 from trainer.runtime import Runtime
 
 

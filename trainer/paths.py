@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from common.errors import MissingFileError
 from model.files import (
+    DEFAULT_DIM,
     TOKENIZER_PATH,
     VISION_MODEL_PATH,
     find_tokenizer,
@@ -15,8 +16,6 @@ from model.files import (
     weights_path,
 )
 from trainer.config import TrainConfig
-
-DEFAULT_DIM = 512
 
 
 class RunPaths(NamedTuple):
