@@ -1,4 +1,4 @@
-"""What is said about rendered scenes, in English and Chinese: descriptions, questions, answers.
+"""What is said about rendered scenes, in English, Chinese and more: descriptions and dialogues.
 
 Every answer follows from the scene alone. The text-only rows of the set are the same conversations
 with each `<image>` replaced by a description: a language model that has read them knows the
@@ -9,9 +9,14 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dataset.scenes import japanese
 from dataset.scenes.scene import Scene, Thing
 
+# What the shipped stand-ins and `make demo` speak.
 LANGUAGES = ("en", "zh")
+# Languages for fine-tuning, each a file with WORDS and TEMPLATES.
+MORE_LANGUAGES = {"ja": japanese}
+ALL_LANGUAGES = (*LANGUAGES, *MORE_LANGUAGES)
 QUESTION_TYPES = (
     "color",
     "shape",
@@ -115,7 +120,7 @@ class Question(NamedTuple):
 
     Args:
         type: one of QUESTION_TYPES.
-        text, answer: in one of LANGUAGES.
+        text, answer: in one of ALL_LANGUAGES.
         scenes: what it is about; two for PAIR_TYPES, else one.
     """
 
@@ -127,7 +132,17 @@ class Question(NamedTuple):
 
 def word(english: str, language: str) -> str:
     """The word in `language`; numbers and places stay as they are."""
-    return WORDS.get(english, english) if language == "zh" else english
+    if language == "en":
+        return english
+    words = MORE_LANGUAGES[language].WORDS if language in MORE_LANGUAGES else WORDS
+    return words.get(english, english)
+
+
+def get_template(name: str, language: str) -> str | tuple[str, str]:
+    """A text with slots, or (question, answer); `name` is a key of TEMPLATES."""
+    if language in MORE_LANGUAGES:
+        return MORE_LANGUAGES[language].TEMPLATES[name]
+    return TEMPLATES[name][language]
 
 
 def _fill(text: str, language: str, **slots) -> str:
@@ -142,18 +157,18 @@ def _fill(text: str, language: str, **slots) -> str:
 def describe_thing(thing: Thing, language: str) -> str:
     """ "large red circle C5" """
     slots = {"size": thing.size, "color": thing.color, "shape": thing.shape, "place": thing.place}
-    return _fill(TEMPLATES["thing"][language], language, **slots)
+    return _fill(get_template("thing", language), language, **slots)
 
 
 def describe(things: Sequence[Thing], language: str) -> str:
     """Every thing and its place, in the order given."""
-    separator, stop = TEMPLATES["separator"][language], TEMPLATES["stop"][language]
+    separator, stop = get_template("separator", language), get_template("stop", language)
     return separator.join(describe_thing(thing, language) for thing in things) + stop
 
 
 def caption(scene: Scene, language: str) -> tuple[str, str]:
     """(request, description in reading order)."""
-    return TEMPLATES["caption"][language], describe(scene.things, language)
+    return get_template("caption", language), describe(scene.things, language)
 
 
 # The template of a question and the words for its slots; None where the scene allows no question.
@@ -268,11 +283,11 @@ def ask(
         rng: source of every choice.
         question_type: one of QUESTION_TYPES.
         scenes: two for PAIR_TYPES, else one.
-        language: one of LANGUAGES.
+        language: one of ALL_LANGUAGES.
     """
     chosen = _ASK[question_type](rng, *scenes)
     if chosen is None:
         return None
-    template, slots = chosen
-    question, answer = (_fill(text, language, **slots) for text in TEMPLATES[template][language])
+    name, slots = chosen
+    question, answer = (_fill(text, language, **slots) for text in get_template(name, language))
     return Question(question_type, question, answer, scenes)

@@ -24,19 +24,23 @@ from dataset.scenes.scene import (
     sample_scene,
 )
 from dataset.scenes.text import (
-    LANGUAGES,
+    ALL_LANGUAGES,
+    MORE_LANGUAGES,
     PAIR_TYPES,
     QUESTION_TYPES,
     TEMPLATES,
     WORDS,
     ask,
+    caption,
     describe,
+    word,
 )
 from dataset.scenes.write import (
     N_ROWS,
     dialogue_row,
     eval_row,
     pretrain_row,
+    sample_scenes,
     text_row,
     write_scene_set,
 )
@@ -92,17 +96,15 @@ def test_things_are_inside_and_apart(seed, held_out):
         )
 
 
-ENGLISH = {chinese: english for english, chinese in WORDS.items()}
-
-
-def words_in(text: str) -> list[str]:
+def words_in(text: str, language: str) -> list[str]:
     """The known words of a text in English, in their order, and its places and numbers."""
-    known = "|".join(sorted([*WORDS, *WORDS.values()], key=len, reverse=True))
-    return [ENGLISH.get(found, found) for found in re.findall(rf"{known}|[A-G][1-7]|\d", text)]
+    english = {word(name, language): name for name in WORDS}
+    known = "|".join(sorted(english, key=len, reverse=True))
+    return [english.get(found, found) for found in re.findall(rf"{known}|[A-G][1-7]|\d", text)]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**9), st.sampled_from(LANGUAGES))
+@given(st.integers(0, 10**9), st.sampled_from(ALL_LANGUAGES))
 def test_answers_follow_from_the_description_alone(seed, language):
     """Answer every question about one image again, from the English description alone."""
     rng = random.Random(seed)
@@ -113,7 +115,7 @@ def test_answers_follow_from_the_description_alone(seed, language):
         question = ask(rng, question_type, (scene,), language)
         if question is None:
             continue
-        asked, answer = words_in(question.text), words_in(question.answer)
+        asked, answer = (words_in(text, language) for text in (question.text, question.answer))
         if question_type == "relation":
             pairs = [(w, s) for w, s in itertools.pairwise(asked) if w in COLORS and s in SHAPES]
             places = [
@@ -139,22 +141,59 @@ def test_answers_follow_from_the_description_alone(seed, language):
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(ALL_LANGUAGES))
+def test_answers_about_two_images_follow_from_them(seed, language):
+    rng = random.Random(seed)
+    for question_type in ("which_image", "in_image"):
+        scenes = sample_scenes(rng, held_out=bool(seed % 2), question_type=question_type)
+        question = ask(rng, question_type, scenes, language)
+        if question is None:
+            continue
+        asked, answer = (words_in(text, language) for text in (question.text, question.answer))
+        which = next(found for found in asked + answer if found in ("first", "second"))
+        things = [scene.things for scene in scenes]
+        here, other = things if which == "first" else reversed(things)
+        color, shape = (next(w for w in answer if w in known) for known in (COLORS, SHAPES))
+        assert (color, shape) in [(thing.color, thing.shape) for thing in here]
+        if question_type == "which_image":
+            assert (color, shape) not in [(thing.color, thing.shape) for thing in other]
+        else:
+            assert [thing.color for thing in here if thing.shape == shape] == [color]
+
+
+@pytest.mark.parametrize("language", MORE_LANGUAGES)
+def test_another_language_says_the_same_with_words_of_its_own(language):
+    """Every word and template is there, and says what English and Chinese say."""
+    assert MORE_LANGUAGES[language].WORDS.keys() == WORDS.keys()
+    assert len({word(english, language) for english in WORDS}) == len(WORDS)
+    assert MORE_LANGUAGES[language].TEMPLATES.keys() == TEMPLATES.keys()
+    for name, texts in TEMPLATES.items():
+        own, theirs = MORE_LANGUAGES[language].TEMPLATES[name], texts["zh"]
+        for one, other in [(own, theirs)] if isinstance(own, str) else zip(own, theirs):
+            assert set(re.findall(r"{\w+}", one)) == set(re.findall(r"{\w+}", other)), name
+    scene = sample_scene(random.Random(7), held_out=False)
+    description = caption(scene, language)[1]
+    things = [[t.size, t.color, t.shape, t.place] for t in scene.things]
+    assert words_in(description, language) == [said for thing in things for said in thing]
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**9), st.sampled_from(["color", "shape", "size", "place"]))
 def test_a_changed_scene_differs_in_one_aspect(seed, aspect):
     rng = random.Random(seed)
     first = sample_scene(rng, held_out=False)
     second = change_one(rng, first, aspect)
     if second:
-        words = words_in(ask(rng, "difference", (first, second), "zh").answer)
+        words = words_in(ask(rng, "difference", (first, second), "zh").answer, "zh")
         differs = [
             name
             for name, old, new in zip(("size", "color", "shape", "place"), words, words[4:])
             if old != new
         ]
         assert len(words) == 8 and differs == [aspect]
-        assert (
-            words_in(ask(rng, "difference", (second, first), "en").answer) == words[4:] + words[:4]
-        )
+        for language in ALL_LANGUAGES:
+            turned = ask(rng, "difference", (second, first), language).answer
+            assert words_in(turned, language) == words[4:] + words[:4]
         assert not any(is_held_out(*thing.combination) for thing in second.things)
 
 
