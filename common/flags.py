@@ -2,7 +2,8 @@
 
 The field's name is the flag's name, its type says how the value is read, and `option` adds the
 rest: what it means, its least value, other names. `parse_flags` reads a command line into a copy
-of the dataclass; `list_flags` gives the same facts to the documentation.
+of the dataclass; `list_flags` gives the same facts to the documentation. Flags of the published
+scripts that have no field here are listed in the class as `published`, see PublishedFlag.
 """
 
 import argparse
@@ -51,6 +52,29 @@ class Flag(NamedTuple):
     group: str
 
 
+class PublishedFlag(NamedTuple):
+    """A flag of the published scripts that is no option here; it takes a value, as it did there.
+
+    When it is given, a line says what to use now.
+
+    Args:
+        names: what was typed, such as ("--use_multi",).
+        use_now: what to use now, or why nothing is needed.
+        sets: value given -> options that it sets; other values are refused. Without it every value
+            is taken and sets nothing.
+    """
+
+    names: tuple[str, ...]
+    use_now: str
+    sets: dict[str, dict[str, Any]] | None = None
+
+
+# Of the training scripts, eval_vlm.py and web_demo_vlm.py alike.
+NO_MOE = PublishedFlag(
+    ("--use_moe",), "leave it out, there is no mixture of experts here", sets={"False": {}, "0": {}}
+)
+
+
 def list_flags(defaults: Any) -> Iterator[Flag]:
     """The flags of an options object, in the order of its fields."""
     group = ""
@@ -66,6 +90,7 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
 
     The options check themselves when the copy is made, see `check_options`.
     """
+    # the options of the class, and what was called otherwise in the published scripts
     parser = argparse.ArgumentParser(program_name(), description=description.splitlines()[0])
     types = get_type_hints(type(defaults))
     group = parser
@@ -75,11 +100,39 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
         group.add_argument(
             *flag.names,
             default=argparse.SUPPRESS,
-            # argparse reads "%" as the start of a format.
-            help=(flag.help + describe_default(flag.default)).replace("%", "%%"),
+            help=_escape(flag.help + describe_default(flag.default)),
             **_how_to_read(types[field.name], field.name),
         )
-    return dataclasses.replace(defaults, **vars(parser.parse_args(arguments)))
+    published = list_published(defaults)
+    if published:
+        group = parser.add_argument_group("published flags (so that old commands still work)")
+        for flag in published:
+            how = dict(nargs="?", const="", metavar="VALUE", default=argparse.SUPPRESS)
+            group.add_argument(*flag.names, dest=flag.names[0], help=_escape(flag.use_now), **how)
+
+    # options that are given come before those that a published flag sets
+    given = vars(parser.parse_args(arguments))
+    options: dict[str, Any] = {}
+    for flag in published:
+        if flag.names[0] in given:
+            options |= _read_published(flag, given.pop(flag.names[0]))
+    return dataclasses.replace(defaults, **options | given)
+
+
+def list_published(defaults: Any) -> tuple[PublishedFlag, ...]:
+    """The published flags that an options object accepts beside its own."""
+    return getattr(defaults, "published", ())
+
+
+def _read_published(flag: PublishedFlag, value: str) -> dict[str, Any]:
+    """The options that a published flag sets; UserError for a value that means nothing here."""
+    name = flag.names[0]
+    if flag.sets is not None and value not in flag.sets:
+        raise UserError(f"{name} {value}".rstrip() + f" cannot be used here: {flag.use_now}")
+    # torchrun and deepspeed start this once for each GPU: one line is enough.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name} (of the published scripts): {flag.use_now}", flush=True)
+    return {} if flag.sets is None else flag.sets[value]
 
 
 def program_name() -> str:
@@ -95,6 +148,11 @@ def describe_default(default: Any) -> str:
     if default is None or default is False or default in ("", []):
         return ""
     return f" (default: {' '.join(default) if isinstance(default, list) else default})"
+
+
+def _escape(help: str) -> str:
+    """argparse reads "%" as the start of a format."""
+    return help.replace("%", "%%")
 
 
 def _how_to_read(type_: Any, name: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What eval_vlm.py and web_demo_vlm.py can be told, typed and explained in one place."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
-from common.flags import check_options, option
+from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import TOKENIZER_PATH, VISION_MODEL_PATH, WEIGHTS_NAMES
 
 DTYPES = ("float32", "float16", "int8")
@@ -14,6 +14,12 @@ IMAGE_CHOICES = ("right", "wrong", "none")
 @dataclass(frozen=True)
 class AskConfig:
     """Which model is asked, and how it answers; each field is a flag of both scripts."""
+
+    published: ClassVar[tuple[PublishedFlag, ...]] = (
+        PublishedFlag(("--stream",), "not needed: answers are always shown as they come"),
+        PublishedFlag(("--lora_name",), "not needed: it had no effect there either"),
+        NO_MOE,
+    )
 
     # Which model: the sizes that are not given are read off the weights.
     weights: str | None = option(
@@ -96,6 +102,15 @@ class AskConfig:
 @dataclass(frozen=True)
 class EvalConfig(AskConfig):
     """Options of eval_vlm.py."""
+
+    published: ClassVar[tuple[PublishedFlag, ...]] = (
+        PublishedFlag(
+            ("--use_multi",),
+            "use --model_mode 2 for several pictures in a question",
+            sets={"1": {}, "2": {"model_mode": 2}},
+        ),
+        *AskConfig.published,
+    )
 
     image: list[str] = option([], "pictures to ask about, all in one question", group="what to ask")
     prompt: str | None = option(

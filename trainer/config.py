@@ -1,9 +1,9 @@
 """Everything a training run can be told, typed and explained in one place."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from common.flags import check_options, option
+from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
 
 
@@ -15,6 +15,14 @@ class TrainConfig:
     TrainConfig never changes; what is found out later (device, dtype, batch size) is stored by
     whoever finds it out. UserError for an impossible value.
     """
+
+    published: ClassVar[tuple[PublishedFlag, ...]] = (
+        PublishedFlag(
+            ("--local_rank", "--local-rank"),
+            "not needed: torchrun and deepspeed also tell each process its rank without it",
+        ),
+        NO_MOE,
+    )
 
     # Where the samples come from.
     data_path: list[str] = option(

@@ -1,15 +1,23 @@
 """Flags made from a dataclass: read, checked, listed."""
 
+import re
 import runpy
 from dataclasses import FrozenInstanceError, asdict, dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.flags import check_options, describe_default, list_flags, option, parse_flags
+from common.flags import (
+    PublishedFlag,
+    check_options,
+    describe_default,
+    list_flags,
+    option,
+    parse_flags,
+)
 from tests.helpers import ROOT
 from trainer.config import TrainConfig
 
@@ -18,6 +26,10 @@ from trainer.config import TrainConfig
 class Options:
     """One option of each type."""
 
+    published: ClassVar = (
+        PublishedFlag(("--old", "--o-l-d"), "not needed, 100 %"),
+        PublishedFlag(("--few",), "use --size", sets={"1": {}, "2": {"size": 9, "loud": True}}),
+    )
     names: list[str] = option(["a", "b"], "some names, 100 % of them", aliases=("--n",), group="x")
     size: int | Literal["auto"] = option(4, "a size", least=1)
     share: float | None = option(None, "a share; none if not given", least=0)
@@ -56,6 +68,29 @@ def test_what_cannot_be_is_refused_from_a_command_line_and_in_python(capsys):
         Options(kind="green")
     with pytest.raises(FrozenInstanceError):
         Options().size = 3
+
+
+def test_a_published_flag_says_what_to_use_now(capsys, monkeypatch):
+    # it may set options, and those that are given come first
+    assert read("--few", "2") == asdict(Options(size=9, loud=True))
+    assert capsys.readouterr().out == "--few (of the published scripts): use --size\n"
+    assert read("--few", "2", "--size", "3") == asdict(Options(size=3, loud=True))
+    assert read("--few", "1", "--old") == read("--o-l-d=7") == asdict(Options())
+    assert capsys.readouterr().out.count("not needed, 100 %\n") == 2
+
+    # it is told by one of many processes, and refused where it means nothing
+    monkeypatch.setenv("RANK", "1")
+    assert read("--old", "1") == asdict(Options()) and not capsys.readouterr().out
+    with pytest.raises(UserError, match="--few 3 cannot be used here: use --size"):
+        read("--few", "3")
+
+
+def test_published_flags_stand_apart_from_the_others(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    usage, own, published = re.split("options:|published flags", capsys.readouterr().out)
+    assert "--few" in usage and "--few" not in own and "--size" in own
+    assert "--few [VALUE]" in published and "100 %" in published
 
 
 def test_the_list_has_every_field_with_its_group():
