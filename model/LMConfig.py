@@ -13,6 +13,9 @@ IMAGE_TOKEN = "@"
 class LMConfig(PretrainedConfig):
     """Sizes of the MiniMind language model. UserError where they cannot work together.
 
+    Edit the defaults below to train a model of another size: every script follows them. Flags
+    (--dim, --n_layers) and the weights that a run starts from come first.
+
     Args:
         dim: width of an embedding.
         n_layers: number of transformer layers (8 for dim 512, 16 for dim 768).

@@ -3,15 +3,38 @@
 Nothing heavy is imported here, so that a missing file is named before PyTorch is loaded.
 """
 
+import ast
+import inspect
 import json
 from pathlib import Path
 
 from common.errors import MissingFileError, UserError
 
 ROOT = Path(__file__).parents[1]  # of the repository
+
+
+def read_default_dim() -> int:
+    """The default of `dim` in model/LMConfig.py, where people set the size of their models.
+
+    It is read from the text of the file: to import it takes seconds, because of transformers.
+    """
+    text = (ROOT / "model" / "LMConfig.py").read_text(encoding="utf-8")
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+    arguments = next(node.args for node in functions if node.name == "__init__")
+    names = [argument.arg for argument in arguments.args]
+    defaults = dict(zip(reversed(names), reversed(arguments.defaults)))
+    try:
+        return ast.literal_eval(defaults["dim"])
+    except ValueError:
+        # Not a plain number but, for example, 2 * 128: Python has to compute it.
+        from model.LMConfig import LMConfig
+
+        return inspect.signature(LMConfig).parameters["dim"].default
+
+
 TOKENIZER_PATH = "model/minimind_tokenizer"
 VISION_MODEL_PATH = "model/vision_model"
-DEFAULT_DIM = 512  # width if nothing says it
+DEFAULT_DIM = read_default_dim()  # width if nothing else says it
 # Published names of weights, by --model_mode.
 WEIGHTS_NAMES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 
@@ -77,6 +100,9 @@ def read_info(weights: str | Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(info["config"], dict):
             raise TypeError("config is no object")
+        for name, size in info["config"].items():
+            if not isinstance(size, int | float):
+                raise TypeError(f"{name} is {size!r}, no number")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it, and pass --dim and --n_layers instead"

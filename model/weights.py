@@ -23,7 +23,7 @@ PROJECTOR = "vision_proj."
 # Buffers and CLIP weights, which some published files carry.
 _IGNORED = re.compile(r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\.")
 # What may differ between a file and the model: no weight depends on it.
-_FREE_SIZES = ("max_seq_len", "dropout", "multiple_of")
+FREE_SIZES = ("max_seq_len", "dropout", "multiple_of")
 
 
 def select_weights(model: MiniMindLM) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def _check_described_sizes(config: LMConfig, described: dict, source: str | Path
     """Compare with the JSON beside the weights; it knows what no shape shows: rope_theta."""
     ours = describe_config(config)
     # Some sizes have flags; `_check_tensor_sizes` names these.
-    others = (*_FREE_SIZES, "dim", "n_layers", "vocab_size")
+    others = (*FREE_SIZES, "dim", "n_layers", "vocab_size")
     different = [
         name
         for name in described

@@ -1,18 +1,20 @@
 """Build what is trained: vision encoder, tokenizer, network."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.nn import Parameter
 
 from common.errors import UserError
-from model.files import DEFAULT_DIM, read_info
-from model.LMConfig import VLMConfig
+from model.files import read_info
+from model.LMConfig import LMConfig, VLMConfig, size_names
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
 from model.vision import load_vision_encoder
-from model.weights import read_sizes, read_weights
+from model.weights import FREE_SIZES, read_sizes, read_weights
 from trainer.config import TrainConfig
 from trainer.paths import find_parts
 from trainer.runtime import Runtime
@@ -21,22 +23,17 @@ from trainer.runtime import Runtime
 def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLMProcessor]:
     """The network on its device with random weights, and the processor that feeds it.
 
-    dim and n_layers come from the flags, else from the weights to start from. `train` loads these:
-    where a run starts is decided in one place (run_state.py).
+    `train` loads the weights to start from: where a run starts is decided in one place
+    (run_state.py).
     """
     start, tokenizer_path, vision_path = find_parts(config)
-    sizes = {}
-    if start is not None:
-        sizes = read_info(start).get("config") or read_sizes(read_weights(start), start)
-
+    sizes = choose_sizes(config, start)
     tokenizer = load_tokenizer(tokenizer_path)
     vision_encoder, image_processor = load_vision_encoder(vision_path)
     model_config = VLMConfig.for_vision_encoder(
-        vision_encoder.config,
-        dim=config.dim or sizes.get("dim", DEFAULT_DIM),
-        n_layers=config.n_layers or sizes.get("n_layers", 8),
-        vocab_size=len(tokenizer),
+        vision_encoder.config, vocab_size=len(tokenizer), **sizes
     )
+    runtime.print(f"sizes: {describe_sizes(sizes, model_config)}")
     if config.max_seq_len > model_config.max_seq_len:
         raise UserError(
             f"--max_seq_len is {config.max_seq_len} but the network takes at most "
@@ -49,6 +46,50 @@ def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLM
     if config.compile:
         compile_blocks(model)
     return model, VLMProcessor(tokenizer, image_processor, model_config)
+
+
+def choose_sizes(config: TrainConfig, start: Path | None) -> dict[str, int | float]:
+    """Sizes of the language model: the flags come first, then the weights to start from.
+
+    What neither says is left out: it is as model/LMConfig.py says.
+
+    Args:
+        config: its dim and n_layers are None if not given.
+        start: the weights to start from; None for random ones.
+    """
+    flags = {"dim": config.dim, "n_layers": config.n_layers}
+    flags = {name: size for name, size in flags.items() if size is not None}
+    if start is None:
+        return flags
+    theirs = read_info(start).get("config") or read_sizes(read_weights(start), start)
+    # A flag that contradicts the weights: `load_weights` refuses it, unless the run is resumed.
+    if any(theirs.get(name) != size for name, size in flags.items()):
+        return {name: theirs[name] for name in ("dim", "n_layers") if name in theirs} | flags
+    # What no weight depends on is free to be edited.
+    others = {"vocab_size", *FREE_SIZES}
+    return {name: theirs[name] for name in size_names(LMConfig) if name in theirs.keys() - others}
+
+
+def describe_sizes(sizes: dict[str, int | float], model_config: LMConfig) -> str:
+    """The size of the network, then what model/LMConfig.py says where it does not decide.
+
+    Args:
+        sizes: see `choose_sizes`.
+        model_config: all sizes.
+    """
+    parameters = inspect.signature(LMConfig).parameters
+    # A default of None follows from other sizes.
+    edited = {
+        name: parameters[name].default
+        for name, size in sizes.items()
+        if parameters[name].default not in (None, size)
+    }
+    names = dict.fromkeys(("dim", "n_layers", *edited))
+    words = ", ".join(f"{name} {getattr(model_config, name)}" for name in names)
+    if edited:
+        other = ", ".join(f"{name} {default}" for name, default in edited.items())
+        words += f" (model/LMConfig.py: {other}; flags and weights come first)"
+    return words
 
 
 def compile_blocks(model: MiniMindVLM) -> None:

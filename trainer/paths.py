@@ -26,6 +26,7 @@ class RunPaths(NamedTuple):
     resume: Path  # out/sft_vlm_512.resume/
     log: Path  # out/sft_vlm_512.log.jsonl
     curve: Path  # out/sft_vlm_512.png
+    tensorboard: Path  # out/sft_vlm_512.tensorboard/
 
 
 def run_paths(config: TrainConfig, dim: int) -> RunPaths:
@@ -36,6 +37,7 @@ def run_paths(config: TrainConfig, dim: int) -> RunPaths:
         weights.with_suffix(".resume"),
         weights.with_suffix(".log.jsonl"),
         weights.with_suffix(".png"),
+        weights.with_suffix(".tensorboard"),
     )
 
 
@@ -55,7 +57,23 @@ def find_init_weights(config: TrainConfig) -> Path | None:
         return None
     if Path(name).suffix in (".pth", ".safetensors"):
         return find_weights(name)
-    return find_weights(weights_path(config.out_dir, name, config.dim or DEFAULT_DIM))
+    path = weights_path(config.out_dir, name, config.dim or DEFAULT_DIM)
+    if path.is_file():
+        return path
+    # of another size than model/LMConfig.py or --dim says
+    others = sorted(path.parent.glob(f"{name}_[0-9]*.pth"))
+    if others:
+        raise MissingFileError(
+            f"no weights at {path}, but {', '.join(other.name for other in others)}: pass "
+            f"--init_weights {others[0]}, or --init_weights none to start from random weights"
+        )
+    # published ones have these widths only
+    if path.stem.removeprefix(f"{name}_") not in ("512", "768"):
+        raise MissingFileError(
+            f"no weights at {path}: train them first, or pass --init_weights none to start from "
+            "random weights"
+        )
+    return find_weights(path)
 
 
 def find_start(config: TrainConfig) -> Path | None:
