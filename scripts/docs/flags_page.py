@@ -1,13 +1,12 @@
-"""python -m scripts.docs: write docs/flags.md from the code, so that it cannot be wrong."""
+"""docs/flags.md, written from the code, so that it cannot be wrong."""
 
 import runpy
 from itertools import groupby
 
-from common.errors import run_command
-from common.files import write_text
-from common.flags import Flag, list_flags
+from common.flags import Flag, list_flags, list_published
 from inference.config import EvalConfig
 from model.files import ROOT
+from scripts.docs.published import write_table
 
 FLAGS_PATH = ROOT / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -28,6 +27,8 @@ def write_flags() -> str:
             *write_section(training, "default: pretraining / SFT", *stages),
             *write_section("`eval_vlm.py`", "default", EvalConfig()),
             *write_section("`web_demo_vlm.py`", "default", read_defaults("web_demo_vlm.py")),
+            *write_table(),
+            "",
         ]
     )
 
@@ -44,7 +45,9 @@ def write_section(title: str, heading: str, *defaults) -> list[str]:
     for group, rows in groupby(columns, key=lambda row: row[0].group):
         lines += [f"### {group.capitalize()}", "", f"| flag | what it is | {heading} |"]
         lines += ["|---|---|---|", *map(write_row, rows), ""]
-    return lines
+    published = ", ".join(f"`{flag.names[0]}`" for flag in list_published(defaults[0]))
+    link = "[published flags](#flags-of-the-published-scripts)"
+    return [*lines, f"Accepted too: the {link} {published}.", ""]
 
 
 def write_row(flags: tuple[Flag, ...]) -> str:
@@ -58,12 +61,3 @@ def show_default(default) -> str:
     if default is None or default is False or default == []:
         return ""
     return f"`{' '.join(default) if isinstance(default, list) else default}`"
-
-
-def main() -> None:
-    write_text(FLAGS_PATH, write_flags())
-    print(f"written: {FLAGS_PATH.relative_to(ROOT)}")
-
-
-if __name__ == "__main__":
-    run_command(main)
