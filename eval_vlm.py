@@ -19,10 +19,12 @@ from common.flags import parse_flags
 from dataset.mixture import find_sources, open_data
 from inference.config import EvalConfig
 from inference.paths import find_model
+from model.files import read_info
 
 if TYPE_CHECKING:
     from inference import VLM
     from inference.chat import Chat
+    from inference.evaluate import Question
 
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # The published questions about one picture, and about several.
@@ -88,10 +90,11 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:
-    """Ask the same question about each group of pictures."""
+    """Ask the same question about each group of pictures: one that the model was trained on."""
     for pictures in groups:
         print(f"\n[{', '.join(picture.name for picture in pictures)}]", flush=True)
-        prompt = config.prompt or (PROMPT_FOR_SEVERAL if len(pictures) > 1 else PROMPT)
+        published = PROMPT_FOR_SEVERAL if len(pictures) > 1 else PROMPT
+        prompt = config.prompt or read_info(vlm.weights).get("question") or published
         try:
             print_answer(config, vlm.start_chat(), prompt, pictures)
         except BadSampleError as error:
@@ -151,53 +154,63 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
 
 def measure(config: EvalConfig, vlm: VLM) -> None:
     """Print loss and accuracy on rows with known answers."""
-    from inference.evaluate import (
-        answer_questions,
-        collect_questions,
-        measure_accuracy,
-        measure_loss,
-    )
+    from inference import evaluate
 
     # read
     max_length = vlm.model.config.max_seq_len
     dataset = open_data(config.data, config.images_path, vlm.processor, max_length)
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
+    questions, left_out = evaluate.collect_questions(dataset)
+    pictures = evaluate.PictureEncoder(vlm)
 
-    # ask
-    questions, unreadable = collect_questions(dataset, config.show_images)
-    title = f"answer ({config.show_images} images)"
-    questions, not_asked = answer_questions(
-        vlm.model, vlm.processor, questions, config.batch_size, title
-    )
-    if unreadable or not_asked:
-        print(f"not asked: {list_reasons(unreadable + not_asked)}")
+    # ask; a question that cannot be asked with one choice of images counts for none
+    for images in config.show_images:
+        left_out += evaluate.answer_questions(vlm, questions, images, config.batch_size, pictures)
+        questions = [question for question in questions if images in question.given]
+    if left_out:
+        print(f"not asked: {list_reasons(left_out)}")
     if not questions:
         raise UserError(f"no question of {' '.join(config.data)} could be asked")
 
     # score; the loss belongs to the right images only
-    scores = measure_accuracy(questions)
-    report = {"images": config.show_images, "questions": len(questions), "accuracy": scores}
-    if config.show_images == "right":
-        report["loss"] = measure_loss(vlm.model, dataset)
-        print(f"loss: {report['loss']:.4f} nats a label token")
-    for name, score in scores.items():
-        print(f"exact answers, {name}: {100 * score:.1f} %")
+    reports = {
+        images: {
+            "images": images,
+            "questions": len(questions),
+            "accuracy": evaluate.measure_accuracy(questions, images),
+        }
+        for images in config.show_images
+    }
+    if "right" in reports:
+        loss = evaluate.measure_loss(vlm, dataset, config.batch_size, pictures)
+        reports["right"]["loss"] = loss
+        print(f"loss: {loss:.4f} nats a label token")
+    for kind in reports[config.show_images[0]]["accuracy"]:
+        shares = [f"{100 * report['accuracy'][kind]:.1f} %" for report in reports.values()]
+        if len(shares) > 1:
+            names = ["no" if images == "none" else images for images in reports]
+            shares = [f"{share} {name} image" for share, name in zip(shares, names)]
+        print(f"exact answers, {kind}: {', '.join(shares)}")
 
     # report
     if config.save_report:
-        report["answers"] = [
-            {
-                "type": question.type,
-                "question": question.turns[-1]["content"],
-                "answer": question.answer,
-                "given": question.given,
-                "images": [str(image) for image in question.images],
-            }
-            for question in questions
-        ]
-        write_text(Path(config.save_report), json.dumps(report, ensure_ascii=False, indent=1))
+        for images, report in reports.items():
+            report["answers"] = [describe_answer(question, images) for question in questions]
+        content = reports if len(reports) > 1 else reports[config.show_images[0]]
+        write_text(Path(config.save_report), json.dumps(content, ensure_ascii=False, indent=1))
         print(f"report: {config.save_report}")
+
+
+def describe_answer(question: Question, images: str) -> dict:
+    """A question of the report, with the answer that was given with these images."""
+    return {
+        "type": question.type,
+        "question": question.turns[-1]["content"],
+        "answer": question.answer,
+        "given": question.given[images],
+        "images": [str(image) for image in question.images],
+    }
 
 
 if __name__ == "__main__":

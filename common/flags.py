@@ -161,8 +161,11 @@ def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
         return {"action": "store_true"}
     if get_origin(type_) is list:
         # --image a.jpg b.jpg and --image a.jpg --image b.jpg are the same.
-        read = get_args(type_)[0]
-        return {"action": "extend", "nargs": "+", "type": read, "metavar": name.upper()}
+        several = {"action": "extend", "nargs": "+"}
+        words = _allowed_values(type_)
+        if words:
+            return several | {"choices": words}
+        return several | {"type": get_args(type_)[0], "metavar": name.upper()}
     choices = _allowed_values(type_)
     kinds = [kind for kind in _members(type_) if kind in (int, float, str)]
     if "yes" in choices:
@@ -181,8 +184,8 @@ def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
 
 
 def _members(type_: Any) -> tuple:
-    """The types that a union joins; the type itself otherwise."""
-    return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+    """The types that a union joins, or that a list holds; the type itself otherwise."""
+    return get_args(type_) if get_origin(type_) in (Union, UnionType, list) else (type_,)
 
 
 def _allowed_values(type_: Any) -> list[str]:
@@ -201,5 +204,6 @@ def check_options(options: Any) -> None:
         if least is not None and is_number and not value >= least:
             raise UserError(f"--{field.name} is {value}: it has to be at least {least}")
         words = _allowed_values(types[field.name])
-        if isinstance(value, str) and words and value not in words:
-            raise UserError(f"--{field.name} is {value}: choose from {', '.join(words)}")
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and words and word not in words:
+                raise UserError(f"--{field.name} is {word}: choose from {', '.join(words)}")

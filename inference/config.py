@@ -114,7 +114,9 @@ class EvalConfig(AskConfig):
 
     image: list[str] = option([], "pictures to ask about, all in one question", group="what to ask")
     prompt: str | None = option(
-        None, "the question; a request for a description, in Chinese, if not given"
+        None,
+        "the question; if not given, the one that opens most rows of the model's training data, "
+        "or a request for a description, in Chinese",
     )
     chat: bool = option(
         False, "type questions; /image FILE adds a picture, /new starts anew, /exit ends"
@@ -134,8 +136,10 @@ class EvalConfig(AskConfig):
         "folder or .zip of the images that --data names: one for all files, or one for each",
         aliases=("--images",),
     )
-    show_images: Literal["right", "wrong", "none"] = option(
-        "right", "give each row of --data its images, those of another row, or none"
+    show_images: list[Literal["right", "wrong", "none"]] = option(
+        ["right"],
+        "ask each question of --data with its images, with those of another row, or with none; "
+        "several are measured in one go",
     )
     batch_size: int = option(32, "questions of --data that are answered together", least=1)
     save_report: str | None = option(

@@ -1,20 +1,26 @@
 """How well a model answers: loss and exact-answer accuracy on rows whose answers are known."""
 
+import io
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.errors import BadSampleError
-from model.labels import count_labels
-from model.model_vlm import MiniMindVLM
-from model.processing import VLMProcessor, check_conversation
+from common.files import hash_bytes, read_image_bytes
+from inference.load import VLM
+from model.labels import IGNORE_INDEX, count_labels
+from model.processing import check_conversation
 
 # Tokens that an answer may have beyond the longest right one: enough to see that it is wrong.
 SPARE_TOKENS = 4
+# Memory for the features of pictures, which are looked at several times.
+FEATURE_BYTES = 2 * 10**9
 
 
 @dataclass
@@ -25,50 +31,90 @@ class Question:
     images: list  # pictures of the row
     answer: str  # the right answer
     type: str  # accuracy is also given by type
-    given: str = ""  # the model's answer
+    # The model's answers, by the images it was shown: "right", "wrong" or "none".
+    given: dict[str, str] = field(default_factory=dict)
 
 
-def collect_questions(
-    dataset, images: str = "right", seed: int = 0
-) -> tuple[list[Question], Counter[str]]:
+class PictureEncoder:
+    """Features of pictures; a picture is encoded once, however often it is asked about.
+
+    Args:
+        vlm: its processor opens pictures, its vision encoder looks at them.
+    """
+
+    def __init__(self, vlm: VLM):
+        self.vlm, config = vlm, vlm.model.config
+        self.most = FEATURE_BYTES // (4 * config.n_image_tokens * config.vision_dim)
+        self.pixels: dict[bytes, torch.Tensor] = {}  # opened, not yet encoded
+        self.encoded: dict[bytes, torch.Tensor] = {}  # the newest come last
+
+    def open(self, images: list) -> list[bytes]:
+        """Keys of the pictures, for `features`. BadSampleError for one that cannot be read."""
+        keys = []
+        for image in images:
+            content = read_image_bytes(image)
+            key = hash_bytes(content)
+            if key not in self.encoded and key not in self.pixels:
+                self.pixels[key] = self.vlm.processor.preprocess([io.BytesIO(content)])
+            keys.append(key)
+        return keys
+
+    def features(self, keys: list[bytes]) -> torch.Tensor | None:
+        """float[k, patches, vision_dim] of pictures that were just opened; None without any."""
+        # encode the new ones together
+        if self.pixels:
+            device = self.vlm.model.tok_embeddings.weight.device
+            pixel_values = torch.cat(list(self.pixels.values())).to(device)
+            self.encoded |= zip(self.pixels, self.vlm.model.encode_images(pixel_values))
+            self.pixels = {}
+        chosen = torch.stack([self.encoded[key] for key in keys]) if keys else None
+
+        # forget the oldest
+        for key in list(self.encoded)[: max(0, len(self.encoded) - self.most)]:
+            del self.encoded[key]
+        return chosen
+
+
+def collect_questions(dataset) -> tuple[list[Question], Counter[str]]:
     """Make a question of each assistant turn, which is asked after the right turns before it.
 
     Args:
         dataset: `dataset.read(i)` gives (row, pictures), as VLMDataset's does.
-        images: "right", those of the row; "wrong", as many of another row; "none".
-        seed: which other row that is.
 
     Returns (questions, how many rows cannot be read, by reason).
     """
-    # read
-    rows, unreadable = [], Counter()
+    questions, unreadable = [], Counter()
     for index in range(len(dataset)):
         try:
-            rows.append(dataset.read(index))
+            row, images = dataset.read(index)
         except BadSampleError as error:
             unreadable[error.args[0]] += 1
-
-    # choose the pictures
-    shown = [row_images for _, row_images in rows]
-    if images == "wrong":
-        shown = shuffle_images(shown, seed)
-    elif images == "none":
-        shown = [[] for _ in rows]
-
-    # ask
-    questions = []
-    for (row, _), row_images in zip(rows, shown):
+            continue
         conversation = check_conversation(row["conversations"])
         turns = [{"role": role, "content": content} for role, content in conversation]
-        for index, turn in enumerate(turns):
+        for number, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                answer, type_ = turn["content"], row.get("type", "all")
-                questions.append(Question(turns[:index], row_images, answer, type_))
+                type_ = row.get("type", "all")
+                questions.append(Question(turns[:number], images, turn["content"], type_))
     return questions, unreadable
 
 
+def choose_images(questions: list[Question], images: str, seed: int = 0) -> list[list]:
+    """The pictures that come with each question.
+
+    Args:
+        questions: see `collect_questions`.
+        images: "right", those of its row; "wrong", as many of another; "none".
+        seed: which other one that is.
+    """
+    right = [question.images for question in questions]
+    if images == "none":
+        return [[] for _ in questions]
+    return shuffle_images(right, seed) if images == "wrong" else right
+
+
 def shuffle_images(images: list[list], seed: int) -> list[list]:
-    """Give each row the pictures of another row that has as many.
+    """Give each row the pictures of another row that has as many, and other ones.
 
     A row keeps its own only if no other has as many.
     """
@@ -78,72 +124,80 @@ def shuffle_images(images: list[list], seed: int) -> list[list]:
     shuffled = list(images)
     for indices in by_count.values():
         random.Random(seed).shuffle(indices)
-        # Each gets those of the next: so none can draw its own.
-        for index, other in zip(indices, indices[1:] + indices[:1]):
+        # Rows that show the same pictures come one after the other (the order of the groups is
+        # still random), and each gets those of the row that is half the way around.
+        groups = defaultdict(list)
+        for index in indices:
+            groups[tuple(map(str, images[index]))].append(index)
+        in_groups = [index for group in groups.values() for index in group]
+        half = len(in_groups) // 2
+        for index, other in zip(in_groups, in_groups[half:] + in_groups[:half]):
             shuffled[index] = images[other]
     return shuffled
 
 
 def answer_questions(
-    model: MiniMindVLM,
-    processor: VLMProcessor,
-    questions: list[Question],
-    batch_size: int = 32,
-    description: str = "answer",
-) -> tuple[list[Question], Counter[str]]:
-    """Fill in `given` of each question, with the likeliest tokens.
+    vlm: VLM, questions: list[Question], images: str, batch_size: int, pictures: PictureEncoder
+) -> Counter[str]:
+    """Fill in `given[images]` of each question, with the likeliest tokens.
 
     Args:
-        model: in eval mode.
-        processor: that of the model.
+        vlm: the model that is asked.
         questions: see `collect_questions`.
+        images: see `choose_images`.
         batch_size: questions answered together; they are of similar length, padded on the left.
-        description: title of the progress bar.
+        pictures: looks at them.
 
-    Returns (the questions that were asked, how many were not because a picture cannot be read, by
-    reason).
+    Returns how many were not asked because a picture cannot be read, by reason.
     """
-    device, tokenizer = model.tok_embeddings.weight.device, processor.tokenizer
+    # prompts; similar lengths in a batch leave little padding
+    model, tokenizer = vlm.model, vlm.processor.tokenizer
+    device = model.tok_embeddings.weight.device
+    shown = choose_images(questions, images)
     prompts = [
-        processor.encode_prompt(question.turns, len(question.images))[0] for question in questions
+        vlm.processor.encode_prompt(question.turns, len(its_images))[0]
+        for question, its_images in zip(questions, shown)
     ]
     lengths = [len(tokenizer(question.answer)["input_ids"]) for question in questions]
     max_new_tokens = max(lengths, default=0) + SPARE_TOKENS
-    # Similar lengths in a batch leave little padding.
     order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
-    asked: list[int] = []
+
     unreadable: Counter[str] = Counter()
+    for chosen in split(order, batch_size, f"answer, {images} image", "question"):
+        # a batch of those whose pictures can be read
+        batch, keys = [], []
+        for index in chosen:
+            try:
+                keys += pictures.open(shown[index])
+                batch.append(index)
+            except BadSampleError as error:
+                unreadable[error.args[0]] += 1
+        if not batch:
+            continue
 
-    with tqdm(total=len(questions), desc=description, unit="question") as progress:
-        for start in range(0, len(order), batch_size):
-            # a batch of those whose pictures can be read
-            chosen = order[start : start + batch_size]
-            batch, pixel_values = [], []
-            for index in chosen:
-                try:
-                    pixel_values.append(processor.preprocess(questions[index].images))
-                    batch.append(index)
-                except BadSampleError as error:
-                    unreadable[error.args[0]] += 1
-            progress.update(len(chosen))
-            if not batch:
-                continue
+        # its answers
+        input_ids, attention_mask = pad_left([prompts[index] for index in batch])
+        tokens = model.generate(
+            input_ids.to(device),
+            image_features=pictures.features(keys),
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=max_new_tokens,
+            temperature=0,
+        )
+        new_tokens = tokens[:, input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        for index, text in zip(batch, texts):
+            questions[index].given[images] = text
+    return unreadable
 
-            # its answers
-            input_ids, attention_mask = pad_left([prompts[index] for index in batch])
-            tokens = model.generate(
-                input_ids.to(device),
-                torch.cat(pixel_values).to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
-                temperature=0,
-            )
-            new_tokens = tokens[:, input_ids.shape[1] :]
-            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            for index, text in zip(batch, texts):
-                questions[index].given = text
-            asked += batch
-    return [questions[index] for index in sorted(asked)], unreadable
+
+def split(indices: Iterable[int], batch_size: int, title: str, unit: str) -> Iterator[list[int]]:
+    """Batches of `indices`, with a progress bar over the single ones."""
+    indices = list(indices)
+    with tqdm(total=len(indices), desc=title, unit=unit) as progress:
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
+            progress.update(len(indices[start : start + batch_size]))
 
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,11 +212,16 @@ def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, attention_mask
 
 
-def measure_accuracy(questions: list[Question]) -> dict[str, float]:
-    """Share of answers that are exactly right, "overall" and by type of question."""
+def measure_accuracy(questions: list[Question], images: str = "right") -> dict[str, float]:
+    """Share of answers that are exactly right, "overall" and by type of question.
+
+    Args:
+        questions: answered with these images.
+        images: "right", "wrong" or "none".
+    """
     by_type = defaultdict(list)
     for question in questions:
-        is_right = simplify_answer(question.given) == simplify_answer(question.answer)
+        is_right = simplify_answer(question.given[images]) == simplify_answer(question.answer)
         by_type[question.type].append(is_right)
     # Each question counts once, whatever its type.
     overall = [is_right for group in by_type.values() for is_right in group]
@@ -180,24 +239,42 @@ def simplify_answer(answer: str) -> str:
 
 
 @torch.no_grad()
-def measure_loss(model: MiniMindVLM, dataset) -> float:
+def measure_loss(vlm: VLM, dataset, batch_size: int, pictures: PictureEncoder) -> float:
     """Mean loss over the label tokens of all samples that can be read.
 
     Args:
-        model: in eval mode.
-        dataset: its items are samples, as VLMDataset's are.
+        vlm: the model that is measured.
+        dataset: a VLMDataset or MixedDataset.
+        batch_size: samples that go through the model together, padded on the right.
+        pictures: looks at them.
     """
-    device = model.tok_embeddings.weight.device
+    device = vlm.model.tok_embeddings.weight.device
     loss_sum, n_labels = 0.0, 0
-    for index in tqdm(range(len(dataset)), desc="loss", unit="row"):
-        # `answer_questions` has counted and named these already.
-        try:
-            sample = {name: tensor.to(device) for name, tensor in dataset[index].items()}
-        except BadSampleError:
+    order = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])
+    for chosen in split(order, batch_size, "loss", "row"):
+        # a batch of those that can be read: `answer_questions` has counted and named the others
+        samples, keys = [], []
+        for index in chosen:
+            try:
+                sample, images = dataset.read_text(index)
+                keys += pictures.open(images)
+                samples.append(sample)
+            except BadSampleError:
+                continue
+        if not samples:
             continue
-        input_ids, labels = sample["input_ids"][None], sample["labels"][None]  # each (1, T)
-        output = model(input_ids, sample["pixel_values"], labels, return_logits=False)
-        # A sample's loss is a mean over its labels, and it may have few or many.
+
+        # its loss: a mean over its labels, of which a batch may have few or many
+        input_ids, labels = (
+            pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=pad)
+            for name, pad in (("input_ids", 0), ("labels", IGNORE_INDEX))
+        )  # each (B, T)
+        output = vlm.model(
+            input_ids.to(device),
+            labels=labels.to(device),
+            image_features=pictures.features(keys),
+            return_logits=False,
+        )
         count = count_labels(labels)
         loss_sum += float(output.loss) * count
         n_labels += count

@@ -1,147 +1,203 @@
 """`make demo`: from nothing to a small model that sees, through the scripts a user runs.
 
-    python -m scripts.demo                 # 10 to 15 minutes on 2 CPU cores; writes to out/demo/
+    python -m scripts.demo              # 6 minutes on 2 CPU cores; writes to out/demo/
+    python -m scripts.demo --multi      # afterwards: the model learns to compare two images
 
-Renders the scene set; then base language model -> pretraining -> SFT -> multi-image SFT; then asks
-about held-out scenes with the right images, wrong ones and none.
+Renders the scene set; pretraining -> SFT; then asks about held-out scenes with the right images,
+wrong ones and none.
 """
 
 import argparse
 import json
+import shlex
 import sys
+import textwrap
 import time
 from pathlib import Path
 
-from common.errors import run_command
+from common.errors import MissingFileError, run_command
 from common.files import write_text
 from common.flags import program_name
-from dataset.scenes.text import PAIR_TYPES, QUESTION_TYPES
-from dataset.scenes.write import FILES, write_scene_set
+from dataset.scenes.text import PAIR_TYPES
+from dataset.scenes.write import EVAL_TYPES, FILES, write_scene_set
+from scripts.demo.answers import draw_answers
 from scripts.processes import as_flags, run_python
 
 OUT = Path("out/demo")
 DATA = OUT / "data"
-# Rows of each part of the set.
-ROWS = {"lm": 1280, "pretrain": 3200, "sft": 7200, "multi": 2400, "eval": 640, "eval_multi": 300}
+# Rows of each part of the set. Both stages show the same pictures, so SFT finds their features in
+# the cache that pretraining has filled.
+ROWS = {"pretrain": 2400, "sft": 2400, "val": 24, "eval": 480}
+ROWS_MULTI = {"multi": 2400, "eval_multi": 300}
 # Images that the questions come with -> name in the report.
-ONE_IMAGE = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}
-TWO_IMAGES = {"right": "accuracy_multi", "wrong": "accuracy_multi_wrong_images"}
+IMAGES = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
-
-    # data and training
+    parser.add_argument(
+        "--multi", action="store_true", help="go on with questions about two images"
+    )
     started = time.perf_counter()
-    print("== rendering the scene set", flush=True)
+    if parser.parse_args().multi:
+        learn_to_compare()
+    else:
+        learn_to_see()
+    minutes, memory = (time.perf_counter() - started) / 60, peak_memory() / 1e9
+    print(f"\n{minutes:.1f} minutes, at most {memory:.2f} GB of memory", flush=True)
+
+
+def learn_to_see() -> None:
+    """Both stages, then questions about held-out scenes."""
+    # data
+    started = time.perf_counter()
+    print("== rendering the scene set: pictures, questions and answers", flush=True)
     write_scene_set(DATA, ROWS)
-    train_stages()
+    show_first_picture()
+
+    # training
+    train(
+        "pretraining: the projector and the last layer learn to describe pictures",
+        "train_pretrain_vlm.py",
+        "pretrain",
+        init_weights="model/demo/lm_128.pth",
+        batch_size=16,
+        learning_rate="2e-3",
+    )
+    train(
+        "SFT: the whole language model learns to answer about the same pictures",
+        "train_sft_vlm.py",
+        "sft",
+        init_weights=OUT / "pretrain_vlm_128.pth",
+        batch_size=16,
+        learning_rate="6e-4",
+    )
 
     # evaluation
-    report, title = {}, "evaluation on held-out scenes"
-    for images, name in ONE_IMAGE.items():
-        answered = evaluate(f"{title}, {images} image", "sft_vlm", "eval", images)
-        report[name] = answered["accuracy"]
-        if images == "right":
-            answers = answered["answers"]
-    title = "evaluation of multi-image SFT on held-out pairs"
-    for images, name in TWO_IMAGES.items():
-        answered = evaluate(f"{title}, {images} images", "sft_vlm_multi", "eval_multi", images)
-        report[name] = answered["accuracy"]
-
-    # report
+    reports = evaluate("questions about held-out scenes", "sft_vlm", "eval", *IMAGES)
+    report = {name: reports[images]["accuracy"] for images, name in IMAGES.items()}
     report["seconds"] = round(time.perf_counter() - started, 1)
     report["peak_memory_bytes"] = peak_memory()
     write_text(OUT / "report.json", json.dumps(report, indent=1))
-    print_results(report, answers)
+    draw_answers(reports["right"]["answers"], OUT / "answers.png")
+
+    # what came of it
+    print("\nExact answers about held-out scenes, % of questions\n")
+    print_table(
+        ["right image", "wrong image", "no image"],
+        EVAL_TYPES,
+        [report[name] for name in IMAGES.values()],
+    )
+    print(f"\nthe first picture again: {DATA / 'val_images/00000a.jpg'}")
+    first = read_last_samples(OUT / "sft_vlm_128.log.jsonl")[0]
+    print(f"  {first['question']} -> {first['given']}")
+    print(f"\ntwelve answers: {OUT}/answers.png")
+    print(f"loss curves:    {OUT}/pretrain_vlm_128.png {OUT}/sft_vlm_128.png")
+    print(f"all answers:    {OUT}/eval.json")
+    print("talk to it:     make web")
+    print(
+        f"or:             python eval_vlm.py --out_dir {OUT} --temperature 0 \\\n"
+        f"                    --image {DATA}/eval_images/00000a.jpg "
+        '--prompt "What color is the star?"'
+    )
 
 
-def train_stages() -> None:
-    """Each stage starts from the weights of the one before; sizes come with them."""
-    # reads
+def learn_to_compare() -> None:
+    """Multi-image SFT, then questions about two held-out scenes, and about one again."""
+    # data
+    if not (OUT / "sft_vlm_128.pth").is_file():
+        raise MissingFileError(f"no weights at {OUT}/sft_vlm_128.pth: run `make demo` first")
+    print("== rendering pairs of scenes", flush=True)
+    write_scene_set(DATA, ROWS_MULTI)
+
+    # training; old dialogues among the new ones, so that it does not forget
     train(
-        "base: the language model reads about scenes (it starts from a shipped stand-in for "
-        "lm_512.pth)",
+        "multi-image SFT: the model goes on with questions about two images",
         "train_sft_vlm.py",
-        part="lm",
-        init_weights="model/demo/lm_128.pth",
-        save_name="lm",
-        batch_size=32,
-        learning_rate="1e-4",
-    )
-    # sees
-    train(
-        "pretraining: the projector learns to translate patches into that language",
-        "train_pretrain_vlm.py",
-        part="pretrain",
-        init_weights=OUT / "lm_128.pth",
-        batch_size=16,
-        learning_rate="2e-3",
-        warmup_iters=20,
-    )
-    # answers
-    train(
-        "SFT: the whole language model learns to answer about images",
-        "train_sft_vlm.py",
-        part="sft",
-        init_weights=OUT / "pretrain_vlm_128.pth",
-        batch_size=8,
-        accumulation_steps=2,
-        learning_rate="6e-4",
-        warmup_iters=20,
-    )
-    # compares
-    train(
-        "multi-image SFT: the same model goes on with questions about two images",
-        "train_sft_vlm.py",
-        part="multi",
+        "multi",
+        "sft:0.3",
         init_weights=OUT / "sft_vlm_128.pth",
         save_name="sft_vlm_multi",
-        batch_size=8,
-        accumulation_steps=2,
+        batch_size=16,
         learning_rate="4e-4",
-        warmup_iters=10,
+    )
+
+    # evaluation
+    pairs = evaluate("questions about two images", "sft_vlm_multi", "eval_multi", *IMAGES)
+    single = evaluate("questions about one image, as before", "sft_vlm_multi", "eval", "right")
+    report = {name: pairs[images]["accuracy"] for images, name in IMAGES.items()}
+    report["accuracy_one_image"] = single["accuracy"]
+    report["peak_memory_bytes"] = peak_memory()
+    write_text(OUT / "report_multi.json", json.dumps(report, indent=1))
+
+    # what came of it
+    print("\nTwo images, exact answers about held-out pairs, % of questions\n")
+    print_table(
+        ["right images", "wrong images", "no images"],
+        PAIR_TYPES,
+        [report[name] for name in IMAGES.values()],
+    )
+    print("\nOne image, as after `make demo`\n")
+    print_table(["right image"], EVAL_TYPES, [report["accuracy_one_image"]])
+    print(f"\nask it: python eval_vlm.py --out_dir {OUT} --model_mode 2 --temperature 0")
+
+
+def show_first_picture() -> None:
+    """A question that an untrained model is asked soon, and a trained one in the end."""
+    path, images = (DATA / name for name in FILES["val"])
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    question, answer = (turn["content"] for turn in row["conversations"][:2])
+    print(
+        f"\na held-out picture: {images / row['image']}\n"
+        f"  question: {question.removeprefix('<image>').strip()}\n"
+        f"  right answer: {answer}\n"
+        "What the untrained model says comes below, at step 0 of pretraining.",
+        flush=True,
     )
 
 
-def train(title: str, script: str, part: str, **options: object) -> None:
-    """Run a training script on one part of the set, for an epoch.
+def train(title: str, script: str, *parts: str, **options: object) -> None:
+    """Run a training script on parts of the set, for an epoch.
 
     Args:
         title: printed above the command.
         script: of the repository.
-        part: of FILES.
+        parts: of FILES, with ":WEIGHT" behind them if wanted.
         options: flags of the script.
     """
-    rows, images = FILES[part]
-    data = {"data_path": DATA / rows}
-    if images:
-        data["images_path"] = DATA / images
-    # An epoch looks at each image once, so caching features would gain nothing.
-    rest = dict(
-        epochs=1, out_dir=OUT, device="cpu", dtype="float32", log_interval=10, feature_cache_gb=0
+    names = [part.partition(":") for part in parts]
+    flags = as_flags(
+        data=[f"{DATA / FILES[name][0]}{colon}{weight}" for name, colon, weight in names],
+        images=[DATA / FILES[name][1] for name, _, _ in names],
+        val_data=DATA / FILES["val"][0],
+        val_images=DATA / FILES["val"][1],
+        val_interval=50,
+        out_dir=OUT,
+        epochs=1,
+        warmup_iters=10,
+        log_interval=10,
+        device="cpu",
+        **options,
     )
-    run_stage(title, script, *as_flags(**data, **options, **rest))
+    run_stage(title, script, *flags)
 
 
-def evaluate(title: str, model: str, part: str, images: str) -> dict:
-    """The report of eval_vlm.py.
+def evaluate(title: str, model: str, part: str, *images: str) -> dict:
+    """The report of eval_vlm.py: by choice of images if there are several.
 
     Args:
         title: printed above the command.
         model: name of the weights.
         part: of FILES, the questions.
-        images: "right", "wrong" or "none".
+        images: "right", "wrong" or "none", or several of them.
     """
-    rows, folder = FILES[part]
-    path = OUT / f"{part}_{images}.json"
+    path = OUT / f"{part}.json"
     flags = as_flags(
         weights=OUT / f"{model}_128.pth",
-        data=DATA / rows,
-        images_path=DATA / folder,
+        data=DATA / FILES[part][0],
+        images=DATA / FILES[part][1],
         show_images=images,
         device="cpu",
         save_report=path,
@@ -152,8 +208,17 @@ def evaluate(title: str, model: str, part: str, images: str) -> dict:
 
 def run_stage(title: str, script: str, *flags: str) -> None:
     """Run one of the repository's scripts as a user would, showing the command."""
-    print(f"\n== {title}\n$ python {script} {' '.join(flags)}", flush=True)
+    command = f"$ python {script} {shlex.join(flags)}"
+    lines = textwrap.wrap(command, 98, subsequent_indent="    ", break_on_hyphens=False)
+    print(f"\n== {title}\n" + " \\\n".join(lines), flush=True)
     run_python(script, *flags)
+
+
+def read_last_samples(log: Path) -> list[dict]:
+    """The sample answers of the last validation in a log."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    samples = [record for record in records if record["event"] == "sample"]
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
 
 
 def peak_memory() -> int:
@@ -167,48 +232,19 @@ def peak_memory() -> int:
     return unit * max(resource.getrusage(who).ru_maxrss for who in processes)
 
 
-def print_results(report: dict, answers: list[dict]) -> None:
-    # accuracies
-    print("\nExact answers on held-out scenes, % of questions\n")
-    print_table(("right image", "wrong image", "no image"), QUESTION_TYPES, report, ONE_IMAGE)
-    print("\nTwo images, after multi-image SFT\n")
-    print_table(("right images", "wrong images"), PAIR_TYPES, report, TWO_IMAGES)
-
-    # answers
-    print("\nSome answers (right image):\n")
-    for answer in answers[: 2 * len(QUESTION_TYPES)]:
-        question = answer["question"].replace("<image>\n", "")
-        pictures = ", ".join(Path(image).name for image in answer["images"])
-        verdict = "" if answer["given"] == answer["answer"] else f"   (wrong: {answer['answer']})"
-        print(f"  [{pictures}] {question} -> {answer['given']}{verdict}")
-
-    # files and costs
-    names = ("lm", "pretrain_vlm", "sft_vlm", "sft_vlm_multi")
-    print("\nweights: " + ", ".join(f"{OUT}/{name}_128.pth" for name in names))
-    print("loss curves: " + ", ".join(f"{OUT}/{name}_128.png" for name in names))
-    print(f"report: {OUT}/report.json")
-    minutes, memory = report["seconds"] / 60, report["peak_memory_bytes"] / 1e9
-    print(f"{minutes:.1f} minutes, at most {memory:.2f} GB of memory")
-    print("talk to it: make web, or")
-    print(f"  python eval_vlm.py --weights {OUT}/sft_vlm_128.pth --temperature 0 \\")
-    print(f'    --image {DATA}/eval_images/00000a.jpg --prompt "What color is the star?"')
-
-
 def print_table(
-    headings: tuple[str, ...], question_types: tuple[str, ...], report: dict, names: dict[str, str]
+    headings: list[str], question_types: tuple[str, ...], columns: list[dict[str, float]]
 ) -> None:
     """Accuracy by type of question, in %.
 
     Args:
         headings: of the columns.
         question_types: of the rows.
-        report: accuracies by name.
-        names: of the columns in the report.
+        columns: share of right answers by type.
     """
-    print(" " * 14 + "".join(f"{heading:>13}" for heading in headings))
+    print(" " * 14 + "".join(f"{heading:>14}" for heading in headings))
     for kind in (*question_types, "overall"):
-        shares = [100 * report[name][kind] for name in names.values()]
-        print(f"{kind:14}" + "".join(f"{share:13.1f}" for share in shares))
+        print(f"{kind:14}" + "".join(f"{100 * column[kind]:14.1f}" for column in columns))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from common.files import write_text
 from dataset.scenes.scene import GRID, Scene
-from dataset.scenes.text import QUESTION_TYPES, describe_thing
-from dataset.scenes.write import DIALOGUE_TYPES, dialogue_row, eval_row, text_row
+from dataset.scenes.text import LANGUAGES, QUESTION_TYPES, describe_thing
+from dataset.scenes.write import dialogue_row, eval_row, text_row
 from model.files import info_path
 from model.LMConfig import IMAGE_TOKEN, LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
@@ -38,8 +38,10 @@ TOKENIZER, VISION_MODEL = "model/demo/tokenizer", "model/demo/vision_model"
 N_PATCHES = GRID * GRID
 # Batches drawn together and sorted by length, so that little is padded.
 POOL = 16
-# Rows whose scenes are described in a sentence, as in the demo's lm_data.jsonl.
+# Rows whose scenes are described in a sentence.
 PLAIN_TEXT_SHARE = 0.1
+# What is learned slowest is asked most: to find a thing by its shape, to count.
+DIALOGUE_TYPES = (*QUESTION_TYPES, "color", "color", "count", "in_image")
 
 
 class Lesson(NamedTuple):
@@ -121,9 +123,13 @@ def sample_batches(
     """
     while True:
         samples = []
-        for index in range(POOL * batch_size):
+        for _ in range(POOL * batch_size):
             is_plain = rng.random() < PLAIN_TEXT_SHARE
-            row, scenes = text_row(rng, index) if is_plain else dialogue_row(rng, index, types)
+            language = rng.choice(LANGUAGES)
+            if is_plain:
+                row, scenes = text_row(rng, language, DIALOGUE_TYPES)
+            else:
+                row, scenes = dialogue_row(rng, language, types)
             samples.append(reader.read(rng, row, scenes))
         samples.sort(key=lambda sample: len(sample[0]))
         starts = range(0, len(samples), batch_size)
@@ -152,7 +158,8 @@ def describe_accuracy(model: MiniMindLM, reader: SceneReader, n_rows: int) -> st
     rng = random.Random(999)
     right = dict.fromkeys(QUESTION_TYPES, 0)
     for index in range(n_rows):
-        row, scenes = eval_row(rng, index)
+        language = LANGUAGES[index // len(QUESTION_TYPES) % len(LANGUAGES)]
+        row, scenes = eval_row(rng, language, QUESTION_TYPES[index % len(QUESTION_TYPES)])
         batch = collate([reader.read(rng, row, scenes)])
         logits, labels = label_logits(model, reader.config, batch)
         right[row["type"]] += bool((logits.argmax(-1) == labels).all())

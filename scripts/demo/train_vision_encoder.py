@@ -1,16 +1,17 @@
 """Train the demo's stand-in for CLIP: a small CLIPVisionModel that is taught patch by patch.
 
-    python -m scripts.demo.train_vision_encoder    # 40 minutes on 2 cores; model/demo/vision_model/
+    python -m scripts.demo.train_vision_encoder    # an hour on 2 cores; model/demo/vision_model/
 
 CLIP learned from 400 million captions that a patch "knows" what it shows. The demo has minutes, so
-its vision encoder is told. Of every patch that holds the center of a thing: which color, shape,
-size, column and row; of every other patch: "none". Only training combinations are drawn
-(dataset/scenes/scene.py), so the held-out ones stay unseen. Seeded: the same machine and number of
-threads give the same file again.
+its vision encoder is told, in two lessons. First, of every patch that holds the center of a thing:
+which color, shape, size, column and row; of every other patch: "none". Then to say it in plain
+terms: the features of such a patch become the sum of five directions, one for each attribute, and
+those of every other patch become equal. So one linear layer, the projector, can translate them.
+Only training combinations are drawn (dataset/scenes/scene.py), so the held-out ones stay unseen.
+Seeded: the same machine and number of threads give the same file again.
 """
 
 import argparse
-import copy
 import random
 from pathlib import Path
 
@@ -38,6 +39,10 @@ QUESTIONS = {
 }
 # Its features answer for every patch that a thing covers, which guides the early layers.
 AUXILIARY_LAYER = 2
+# Lengths of the directions: those that the first lesson left short are hard to learn from.
+LEAST_LENGTH, MOST_LENGTH = 25, 60
+# Weight of the patches without a thing.
+BACKGROUND_WEIGHT = 10
 
 
 class LabeledScenes(Dataset):
@@ -152,56 +157,95 @@ def describe_accuracy(model: TaughtEncoder, processor: CLIPImageProcessorPil, n_
     return f"held-out centers: {named}; false centers {n_false / n_scenes:.2f} an image"
 
 
+def one_hot(answers: torch.Tensor) -> torch.Tensor:
+    """int64[B, 5, 196] -> float[B, 196, all answers]: 1 for each answer, nothing for "none"."""
+    hot = [
+        F.one_hot(answers[:, number], n_answers + 1)[..., 1:]
+        for number, n_answers in enumerate(QUESTIONS.values())
+    ]
+    return torch.cat(hot, dim=-1).float()
+
+
+@torch.no_grad()
+def find_directions(
+    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float[all answers, width], float[width]): a direction for each answer, and the background.
+
+    They are the ones nearest to what the encoder says already, at right angles to one another.
+    """
+    # what it says now
+    answers, features, backgrounds = [], [], []
+    for images, labels in DataLoader(LabeledScenes(10 * batch_size, seed=5), batch_size):
+        says = encode(vision_encoder, images, processor)
+        is_center = labels[:, 1, 0] > 0  # (B, 196)
+        answers.append(one_hot(labels[:, 1])[is_center])
+        features.append(says[is_center])
+        backgrounds.append(says[~is_center].mean(0))
+    hot, said, background = (
+        torch.cat(answers),
+        torch.cat(features),
+        torch.stack(backgrounds).mean(0),
+    )
+
+    # the mean of each answer, by least squares with a little ridge
+    n_answers, width = hot.shape[1], said.shape[1]
+    ridge = torch.cat([hot, 1e-2 * torch.eye(n_answers)])
+    wanted = torch.cat([said - background, torch.zeros(n_answers, width)])
+    means = torch.linalg.lstsq(ridge, wanted).solution
+
+    # with lengths that do not differ much
+    left, lengths, right = torch.linalg.svd(means, full_matrices=False)
+    return left @ torch.diag(lengths.clamp(LEAST_LENGTH, MOST_LENGTH)) @ right, background
+
+
+def encode(
+    vision_encoder: CLIPVisionModel, images: torch.Tensor, processor: CLIPImageProcessorPil
+) -> torch.Tensor:
+    """uint8[B, 224, 224, 3] -> float[B, 196, width], the features that the projector will get."""
+    pixel_values = prepare_images(images, processor)
+    return vision_encoder(pixel_values=pixel_values).last_hidden_state[:, 1:]
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     folder = Path("model/demo/vision_model")
     add("--out_dir", type=Path, default=folder, help=f"where it is written (default: {folder})")
-    add("--steps", type=int, default=2600, help="optimizer steps (default: 2600)")
+    add("--start", type=Path, help="vision encoder that has had the first lesson; skips it")
+    add("--steps", type=int, default=2600, help="optimizer steps of lesson 1 (default: 2600)")
+    add("--plain_steps", type=int, default=800, help="those of lesson 2 (default: 800)")
     add("--batch_size", type=int, default=64, help="scenes in a step (default: 64)")
     add(
         "--learning_rate",
         type=float,
         default=1e-3,
-        help="highest, between warm-up and cosine (default: 0.001)",
+        help="highest of lesson 1, between warm-up and cosine; half of it in lesson 2 "
+        "(default: 0.001)",
     )
     add("--seed", type=int, default=1337, help="of random weights and scenes (default: 1337)")
     add(
         "--eval_scenes",
         type=int,
         default=400,
-        help="held-out scenes it is measured on every 200 steps (default: 400)",
+        help="held-out scenes it is measured on now and then (default: 400)",
     )
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    config = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=scenes.IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    vision_encoder = CLIPVisionModel(config)
-    with torch.no_grad():
-        positions = 0.3 * sincos_positions(config.hidden_size)
-        vision_encoder.embeddings.position_embedding.weight.copy_(positions)
-    model, processor = TaughtEncoder(vision_encoder), CLIPImageProcessorPil()
+def teach_answers(
+    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: argparse.Namespace
+) -> None:
+    """Lesson 1: each patch knows what it shows, as far as a linear read-out can tell."""
+    model = TaughtEncoder(vision_encoder)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1, cycle_momentum=False
     )
-
-    # train
     data = LabeledScenes(args.steps * args.batch_size, args.seed)
-    loader = DataLoader(data, args.batch_size, num_workers=1)
-    progress = tqdm(loader, desc="vision encoder", unit="step")
+    progress = tqdm(DataLoader(data, args.batch_size, num_workers=1), desc="answers", unit="step")
     for step, (images, answers) in enumerate(progress, start=1):
         # gradients
         early, final = model(prepare_images(images, processor))
@@ -214,13 +258,84 @@ def main() -> None:
         optimizer.step()
         schedule.step()
 
-        # now and then: show and save, in half precision (1.8 MB)
+        # now and then: show
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
         if step % 200 == 0 or step == args.steps:
             accuracy = describe_accuracy(model, processor, args.eval_scenes)
             progress.write(f"step {step}: loss {loss.item():.3f}; {accuracy}")
-            copy.deepcopy(vision_encoder).half().save_pretrained(args.out_dir)
+
+
+def teach_plain_words(
+    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: argparse.Namespace
+) -> None:
+    """Lesson 2: its features are a sum of directions, one for each answer."""
+    directions, background = find_directions(vision_encoder, processor, args.batch_size)
+    scale = directions.pow(2).sum(-1).mean()
+    highest = args.learning_rate / 2
+    optimizer = torch.optim.AdamW(
+        vision_encoder.parameters(), lr=highest, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, highest, total_steps=args.plain_steps, pct_start=0.05, cycle_momentum=False
+    )
+
+    def errors(images: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squared error at centers and elsewhere, in squared lengths of a direction."""
+        wanted = one_hot(answers[:, 1]) @ directions + background
+        error = (encode(vision_encoder, images, processor) - wanted).pow(2).sum(-1) / scale
+        is_center = answers[:, 1, 0] > 0
+        return error[is_center].mean(), error[~is_center].mean()
+
+    data = LabeledScenes(args.plain_steps * args.batch_size, args.seed + 687)
+    progress = tqdm(DataLoader(data, args.batch_size), desc="plain words", unit="step")
+    for step, (images, answers) in enumerate(progress, start=1):
+        # gradients
+        at_centers, elsewhere = errors(images, answers)
+        optimizer.zero_grad()
+        (at_centers + BACKGROUND_WEIGHT * elsewhere).backward()
+
+        # clip and update
+        nn.utils.clip_grad_norm_(vision_encoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+        # now and then: show
+        progress.set_postfix(error=f"{at_centers.item():.3f}")
+        if step % 100 == 0 or step == args.plain_steps:
+            held_out = LabeledScenes(args.eval_scenes, seed=999, held_out=True)
+            with torch.no_grad():
+                batches = [errors(*batch) for batch in DataLoader(held_out, 50)]
+            shown = [f"{torch.stack(column).mean():.4f}" for column in zip(*batches)]
+            progress.write(f"step {step}: held-out error at centers {shown[0]}, else {shown[1]}")
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    processor = CLIPImageProcessorPil()
+
+    # lesson 1, saved in half precision (1.8 MB)
+    if args.start is None:
+        config = CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=scenes.IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        )
+        vision_encoder = CLIPVisionModel(config)
+        with torch.no_grad():
+            positions = 0.3 * sincos_positions(config.hidden_size)
+            vision_encoder.embeddings.position_embedding.weight.copy_(positions)
+        teach_answers(vision_encoder, processor, args)
+        vision_encoder.half().save_pretrained(args.out_dir)
+
+    # lesson 2, which starts from that file
+    vision_encoder = CLIPVisionModel.from_pretrained(args.start or args.out_dir).float()
+    teach_plain_words(vision_encoder.train(), processor, args)
+    vision_encoder.half().save_pretrained(args.out_dir)
     processor.save_pretrained(args.out_dir)
 
 

@@ -25,6 +25,7 @@ from dataset.scenes.scene import (
 )
 from dataset.scenes.text import (
     ALL_LANGUAGES,
+    LANGUAGES,
     MORE_LANGUAGES,
     PAIR_TYPES,
     QUESTION_TYPES,
@@ -36,12 +37,15 @@ from dataset.scenes.text import (
     word,
 )
 from dataset.scenes.write import (
+    EVAL_TYPES,
+    FILES,
     N_ROWS,
-    dialogue_row,
-    eval_row,
+    OTHER_REQUESTS,
+    make_row,
     pretrain_row,
     sample_scenes,
     text_row,
+    vary_request,
     write_scene_set,
 )
 from model.processing import load_tokenizer
@@ -66,12 +70,14 @@ def test_training_and_held_out_combinations_are_disjoint_and_both_complete():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**9))
 def test_no_row_for_training_shows_a_held_out_combination(seed):
-    for make_row in (pretrain_row, dialogue_row):
-        for scene in make_row(random.Random(seed), 0)[1]:
+    for part in ("pretrain", "sft", "multi"):
+        for scene in make_row(part, seed, LANGUAGES, seed)[1]:
             assert not any(is_held_out(*thing.combination) for thing in scene.things)
-    for scene in eval_row(random.Random(seed), seed % 16)[1]:
-        assert all(is_held_out(*thing.combination) for thing in scene.things)
-    text = text_row(random.Random(seed), 0)[0]["conversations"][0]["content"]
+    for part in ("val", "eval", "eval_multi"):
+        for scene in make_row(part, seed, LANGUAGES, seed)[1]:
+            assert all(is_held_out(*thing.combination) for thing in scene.things)
+    row, _ = text_row(random.Random(seed), "en", QUESTION_TYPES)
+    text = row["conversations"][0]["content"]
     things = re.findall(r"(small|medium|large) (\w+) (\w+) [A-G][1-7]", text)
     assert things
     for size, color, shape in things:
@@ -198,7 +204,7 @@ def test_a_changed_scene_differs_in_one_aspect(seed, aspect):
 
 
 def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
-    sizes = {"lm": 40, "pretrain": 20, "sft": 40, "eval": 32}
+    sizes = {"pretrain": 20, "sft": 30, "multi": 10, "eval": 24, "eval_multi": 12}
     write_scene_set(tmp_path / "a", sizes)
     write_scene_set(tmp_path / "b", sizes)
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
@@ -206,20 +212,41 @@ def test_files_are_in_the_published_formats_and_the_same_every_time(tmp_path):
         (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         for name in names
     )
-    rows = [
-        json.loads(line) for line in (tmp_path / "a/eval_vlm_data.jsonl").read_text().splitlines()
-    ]
-    assert Counter(row["type"] for row in rows) == dict.fromkeys(QUESTION_TYPES, 4)
-    for row in rows:
-        images = row["image"].split(", ")
-        assert (
-            len(images)
-            == (2 if row["type"] in PAIR_TYPES else 1)
-            == row["conversations"][0]["content"].count("<image>")
-        )
-        assert all((tmp_path / "a/eval_images" / name).is_file() for name in images)
-    text_rows = (tmp_path / "a/lm_data.jsonl").read_text()
-    assert "<image>" not in text_rows and '"image"' not in text_rows
+    parts = {}
+    for part, (name, images) in FILES.items():
+        if part in sizes:
+            text = (tmp_path / "a" / name).read_text(encoding="utf-8")
+            parts[part] = [json.loads(line) for line in text.splitlines()]
+            for row in parts[part]:
+                shown = row["image"].split(", ")
+                n_images = 2 if part in ("multi", "eval_multi") else 1
+                opening = row["conversations"][0]["content"]
+                assert len(shown) == n_images == opening.count("<image>")
+                assert all((tmp_path / "a" / images / name).is_file() for name in shown)
+    types = Counter(row["type"] for row in parts["eval"])
+    assert types == dict.fromkeys(EVAL_TYPES, 4)
+    assert Counter(row["type"] for row in parts["eval_multi"]) == dict.fromkeys(PAIR_TYPES, 4)
+
+
+def test_both_stages_show_the_same_scenes():
+    """So the feature cache that pretraining fills serves SFT."""
+    for index in range(20):
+        (scene,) = make_row("pretrain", index, LANGUAGES, seed=1)[1]
+        assert make_row("sft", index, LANGUAGES, seed=1)[1] == (scene,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from(LANGUAGES))
+def test_a_request_in_other_words_changes_nothing_else(seed, language):
+    rng = random.Random(seed)
+    scene = sample_scene(rng, held_out=False)
+    usual, _ = pretrain_row(rng, language, (scene,))
+    row = json.loads(json.dumps(usual))
+    vary_request(rng, row, language)
+    question, answer = (turn["content"] for turn in row["conversations"])
+    allowed = (caption(scene, language)[0], *OTHER_REQUESTS["caption"][language])
+    assert question.removeprefix("<image>\n") in allowed and question.startswith("<image>\n")
+    assert answer == describe(scene.things, language)
 
 
 def test_the_command_line_writes_the_same_set(tmp_path):
@@ -256,7 +283,7 @@ def test_stand_ins_are_small_and_their_scripts_repeat(tmp_path):
     """<= 8 MB shipped; two short runs of each training script give the same bytes."""
     stand_ins = [ROOT / "model/demo/vision_model/model.safetensors", ROOT / "model/demo/lm_128.pth"]
     assert sum(path.stat().st_size for path in stand_ins) <= 8e6
-    flags = ["--steps", "3", "--batch_size", "4", "--eval_scenes", "4"]
+    flags = ["--steps", "3", "--plain_steps", "2", "--batch_size", "4", "--eval_scenes", "4"]
     encoders = [tmp_path / name for name in ("a", "b")]
     for folder in encoders:
         finished = run_script(

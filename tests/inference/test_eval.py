@@ -9,14 +9,27 @@ import sys
 import time
 import urllib.request
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import web_demo_vlm
 from common.errors import UserError
+from dataset.mixture import open_data
+from inference import load_vlm
 from inference.chat import Chat
-from inference.evaluate import Question, measure_accuracy, shuffle_images
+from inference.evaluate import (
+    PictureEncoder,
+    Question,
+    answer_questions,
+    collect_questions,
+    measure_accuracy,
+    measure_loss,
+    shuffle_images,
+)
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -160,8 +173,42 @@ def test_loss_and_accuracy_of_a_file(setup, rows_dir):
     assert (
         report["questions"] == 24 and 0 <= report["accuracy"]["overall"] <= 1 and report["loss"] > 1
     )
-    blind = run_script("eval_vlm.py", *flags, *data, "--show_images", "none")
-    assert blind.returncode == 0 and "exact answers, overall" in blind.stdout
+
+
+def test_several_choices_of_images_in_one_pass_give_what_each_gives_alone(setup, rows_dir):
+    """Answers, accuracies and loss; the batch size, which decides the padding, does not matter."""
+    folder, flags = setup
+    data = ["--data", rows_dir / "rows.jsonl", "--images", rows_dir / "images"]
+    choices = ("right", "wrong", "none")
+    report = folder / "choices.json"
+    show = ["--show_images", *choices, "--save_report", report]
+    together = run_script("eval_vlm.py", *flags, *data, *show)
+    assert together.returncode == 0, together.stdout
+    assert re.search(r"overall: .* % right image, .* % wrong image, .* % no image", together.stdout)
+    reports = json.loads(report.read_text())
+    for choice in choices:
+        show = ["--show_images", choice, "--save_report", report, "--batch_size", "5"]
+        alone = run_script("eval_vlm.py", *flags, *data, *show)
+        assert alone.returncode == 0 and "exact answers, overall:" in alone.stdout
+        expected = json.loads(report.read_text())
+        loss, expected_loss = reports[choice].pop("loss", 0), expected.pop("loss", 0)
+        assert reports[choice] == expected and loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_a_picture_is_encoded_once(setup, rows_dir):
+    flags = [str(flag) for flag in setup[1]]
+    vlm = load_vlm(setup[0] / "sft_vlm_64.pth", tokenizer=TOKENIZER, vision_model=flags[5])
+    counted, encode = [], vlm.model.encode_images
+    vlm.model.encode_images = lambda pixels: counted.append(len(pixels)) or encode(pixels)
+    dataset = open_data(
+        [str(rows_dir / "rows.jsonl")], [str(rows_dir / "images")], vlm.processor, 512
+    )
+    questions, _ = collect_questions(dataset)
+    pictures = PictureEncoder(vlm)
+    for images in ("right", "wrong", "none"):
+        answer_questions(vlm, questions, images, 4, pictures)
+    measure_loss(vlm, dataset, 4, pictures)
+    assert sum(counted) == len(list((rows_dir / "images").iterdir()))
 
 
 def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
@@ -196,7 +243,7 @@ def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
 
 def test_exact_answers_look_at_words_only():
     def question(given, answer, type="color"):
-        return Question([], [], answer, type, given)
+        return Question([], [], answer, type, {"right": given})
 
     questions = [
         question("Red.", "red"),
@@ -214,6 +261,15 @@ def test_wrong_images_are_anothers_and_as_many():
     assert all(new != old for new, old in zip(shuffled[:5], images[:5])) and sorted(
         map(str, shuffled)
     ) == sorted(map(str, images))
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=30), st.integers(0, 10**6))
+def test_wrong_images_are_other_pictures_even_where_rows_share_them(shown, seed):
+    """As captions do, of which a photograph has several."""
+    images = [[f"{number}.jpg"] for number in shown]
+    shuffled = shuffle_images(images, seed)
+    if max(Counter(shown).values()) <= len(shown) // 2:
+        assert all(new != old for new, old in zip(shuffled, images))
 
 
 def test_load_1_reads_a_transformers_directory(setup, tmp_path):
