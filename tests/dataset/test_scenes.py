@@ -252,10 +252,19 @@ def test_a_request_in_other_words_changes_nothing_else(seed, language):
 def test_the_command_line_writes_the_same_set(tmp_path):
     flags = [flag for part in N_ROWS if part != "pretrain" for flag in (f"--{part}_rows", "0")]
     finished = run_script(
-        "-m", "dataset.scenes", tmp_path / "a", *flags, "--pretrain_rows", "3", "--seed", "7"
+        "-m",
+        "dataset.scenes",
+        tmp_path / "a",
+        *flags,
+        "--pretrain_rows",
+        "3",
+        "--seed",
+        "7",
+        "--languages",
+        "ja",
     )
     assert finished.returncode == 0, finished.stdout
-    write_scene_set(tmp_path / "b", {"pretrain": 3}, seed=7)
+    write_scene_set(tmp_path / "b", {"pretrain": 3}, seed=7, languages=["ja"])
     found, expected = (
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in "ab"
     )
