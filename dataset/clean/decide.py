@@ -46,6 +46,15 @@ def number_pictures(rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, n
     return rank[inverse], np.stack([row, first[order] - starts[row]], axis=1)
 
 
+def count_validation(n_rows: int, share: float | None) -> int:
+    """How many of the rows that stay are for validation, see --val_share."""
+    if share is not None:
+        return round(share * n_rows)
+    # A loss of one or two rows says nothing, so small sets give more.
+    least = min(10, n_rows // 5)
+    return max(round(0.01 * n_rows), min(100, round(0.1 * n_rows)), least)
+
+
 class Decision:
     """What becomes of n rows, and why."""
 
@@ -119,12 +128,12 @@ class Decision:
         self._reject(is_boilerplate, "answer is boilerplate")
 
     def _choose_validation(self) -> None:
-        """Move about `val_share` of the rows; rows joined by shared pictures go together."""
+        """Move some rows to validation; rows joined by shared pictures go together."""
         from scipy.sparse import coo_matrix
         from scipy.sparse.csgraph import connected_components
 
         staying = np.flatnonzero(self.part != REJECTED)
-        wanted = round(self.settings.val_share * len(staying))
+        wanted = count_validation(len(staying), self.settings.val_share)
         # groups: the parts of a graph with rows and pictures as its nodes
         n_rows, n_pictures = len(self.part), len(self.found.pictures)
         edges = (self.row_of, self.found.numbers + n_rows)

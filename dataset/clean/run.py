@@ -23,6 +23,7 @@ from dataset.clean.report import write_report
 from dataset.clean.settings import Settings
 from dataset.clean.write import UTF8, write_set
 from dataset.images import ImageFolder
+from dataset.next_command import write_train_command
 
 ROWS, IMAGES = 2000, 100  # that a worker is given at a time
 
@@ -163,9 +164,22 @@ def print_summary(settings: Settings, summary: dict) -> None:
         lines = [f"  {name:{width}}{count:10,}" for name, count in summary[title].items()]
         print("\n".join([f"{title}:", *lines, ""] if lines else []), end="")
     print(f"report: {out / 'report.html'}")
-    train, val, images = out / "train.jsonl", out / "val.jsonl", f" --images {out / 'images'}"
-    if settings.format == "parquet":
-        train, val, images = f"'{out}/train-*.parquet'", f"'{out}/val-*.parquet'", ""
     if rows["train"]:
-        validation = f" --val_data {val}" if rows["val"] else ""
-        print(f"next: python train_sft_vlm.py --data {train}{images}{validation}")
+        print(f"next: {next_command(settings, rows)}")
+
+
+def next_command(settings: Settings, rows: dict[str, int]) -> str:
+    """The command that trains on the set."""
+    out = Path(settings.out)
+    train, val, images = out / "train.jsonl", out / "val.jsonl", out / "images"
+    if settings.format == "parquet":
+        train, val = out / "train-*.parquet", out / "val-*.parquet"
+    return write_train_command(
+        str(train),
+        str(images) if images.is_dir() else None,
+        str(val) if rows["val"] else None,
+        rows["train"],
+        out.name,
+        settings.tokenizer,
+        settings.max_seq_len,
+    )

@@ -12,7 +12,7 @@ from common.flags import check_options, option
 
 @dataclass(frozen=True)
 class Settings:
-    """The result depends on all of these but `processes`. UserError for a value out of range."""
+    """UserError for a value out of range."""
 
     data: str = option("", "rows to clean: a .jsonl or .parquet file", positional=True)
     out: str = option("", "new folder for the cleaned set", positional=True)
@@ -27,14 +27,29 @@ class Settings:
     keep_duplicates: bool = option(False, "keep copies and near copies of other pictures")
     keep_repeats: bool = option(False, "keep rows whose answers repeat those of an earlier row")
     max_repeats: int = option(100, "rows that stay of those with the same short answer", least=1)
-    val_share: float = option(0.01, "share of the rows for validation, up to 0.5", least=0)
+    val_share: float | None = option(
+        None,
+        "share of the rows for validation, up to 0.5; if not given, 0.01, but of a small set 0.1 "
+        "up to 100 rows, and at least 10 rows up to a fifth of the set",
+        least=0,
+    )
     seed: int = option(0, "seed of the choice of validation rows", least=0)
     processes: int = option(os.cpu_count() or 1, "processes that work at the same time", least=1)
+
+    # What the training command that is printed at the end says; cleaning does not use it.
+    tokenizer: str | None = option(
+        None,
+        "its folder of the tokenizer; if not given, that of the weights that it starts from",
+        group="training command, printed at the end",
+    )
+    max_seq_len: int | None = option(
+        None, "its tokens at which a sample is cut off; its default if not given", least=1
+    )
 
     def __post_init__(self):
         check_options(self)
         for name, most in (("size", 4096), ("val_share", 0.5), ("processes", 1024)):
-            if getattr(self, name) > most:
+            if (getattr(self, name) or 0) > most:
                 raise UserError(f"--{name} is {getattr(self, name)}: it can be at most {most}")
         for code in self.languages:
             if not re.fullmatch("[a-z]{2,3}", code):
@@ -43,5 +58,6 @@ class Settings:
     def describe(self) -> dict:
         """All that the result depends on, the version of the data file too."""
         status, values = Path(self.data).stat(), asdict(self)
-        del values["processes"]
+        for name in ("processes", "tokenizer", "max_seq_len"):
+            del values[name]
         return values | {"bytes": status.st_size, "modified": status.st_mtime_ns}

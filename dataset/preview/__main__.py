@@ -4,8 +4,8 @@ python -m dataset.preview dataset/pretrain_vlm_data.jsonl --images dataset/pretr
 python -m dataset.preview my.jsonl "part-*.parquet" --images my_images
 
 Every row is checked. Of a large file, pictures are opened, and tokens and languages counted, in
-random rows. A page with random rows goes to OUT_DIR/preview_NAME.html. Exit status 1: a file has
-no usable row.
+random rows. A page with random rows goes to OUT_DIR/preview_NAME.html. Last comes the command that
+cleans the file. Exit status 1: a file has no usable row.
 """
 
 import sys
@@ -14,15 +14,15 @@ from pathlib import Path
 from common.errors import run_command
 from common.flags import parse_flags
 from dataset.mixture import find_sources
+from dataset.next_command import choose_tokenizer, write_clean_command
 from dataset.packages import check_packages
-from dataset.preview.settings import Settings
-from model.files import find_tokenizer
+from dataset.preview.settings import MAX_SEQ_LEN, Settings
 
 
 def main() -> None:
     settings = parse_flags(Settings(), __doc__)
     sources = find_sources(settings.data, settings.images)
-    find_tokenizer(settings.tokenizer)
+    tokenizer = choose_tokenizer(settings.tokenizer)
     check_packages("py3langid")
     # These import PyTorch and transformers, which takes seconds.
     from dataset.preview.checks import preview
@@ -32,7 +32,7 @@ def main() -> None:
     config = VLMConfig()
     if settings.n_image_tokens:
         config = VLMConfig(image_special_token=IMAGE_TOKEN * settings.n_image_tokens)
-    processor = VLMProcessor(load_tokenizer(settings.tokenizer), None, config)
+    processor = VLMProcessor(load_tokenizer(tokenizer), None, config)
 
     # one file after the other; equal names get a number
     names = [Path(source.path).stem for source in sources]
@@ -43,6 +43,10 @@ def main() -> None:
         name += f"_{number}" if names.count(name) > 1 else ""
         page = Path(settings.out_dir) / f"preview_{name}.html"
         n_usable.append(preview(source, page, processor, settings))
+        if n_usable[-1]:
+            length = None if settings.max_seq_len == MAX_SEQ_LEN else settings.max_seq_len
+            flags = (source.images, settings.tokenizer, length)
+            print(f"next: {write_clean_command(source.path, *flags)}")
     sys.exit(0 if all(n_usable) else 1)
 
 

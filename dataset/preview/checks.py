@@ -85,14 +85,15 @@ def preview(source: Source, path: Path, processor: VLMProcessor, settings: Setti
     chosen = np.sort(rng.permutation(n_usable)[:MOST_COUNTED])
     keys = [checked.usable[index] for index in chosen]
     counts = count_tokens(rows, keys, processor, settings.max_seq_len)
-    show_tokens(counts, n_usable, settings)
+    tokenizer = processor.tokenizer.name_or_path
+    show_tokens(counts, n_usable, tokenizer, settings.max_seq_len)
 
     # the contact sheet
     good = good[: settings.samples]
     if good:
         about = (
             f"{len(good)} random rows of {n_usable:,}, seed {settings.seed}, "
-            f"tokenizer {settings.tokenizer}"
+            f"tokenizer {processor.tokenizer.name_or_path}"
         )
         samples = make_samples(rows, good, processor, settings.max_seq_len)
         limit = f"--max_seq_len {settings.max_seq_len}"
@@ -257,12 +258,19 @@ def show_checks(rows: Rows, checked: Checked) -> None:
         show("answers per row", list_counts(checked.n_answers))
 
 
-def show_tokens(counts: TokenCounts, n_usable: int, settings: Settings) -> None:
-    """Print lengths, what cutting costs, and languages."""
+def show_tokens(counts: TokenCounts, n_usable: int, tokenizer: str, max_seq_len: int) -> None:
+    """Print lengths, what cutting costs, and languages.
+
+    Args:
+        counts: of the rows that were counted.
+        n_usable: rows of the file that can be used.
+        tokenizer: its folder.
+        max_seq_len: tokens a row is cut at.
+    """
     # lengths
-    n_rows, max_seq_len = len(counts.tokens), settings.max_seq_len
+    n_rows = len(counts.tokens)
     which = f"{n_rows:,} random usable rows" if n_rows < n_usable else "all usable rows"
-    print(f"\nin {which}, with the tokenizer {settings.tokenizer}")
+    print(f"\nin {which}, with the tokenizer {tokenizer}")
     show("", "".join(f"{name:>8}" for name in ("p1", "median", "p90", "p99", "longest", "mean")))
     for name, lengths in (("tokens per row", counts.tokens), ("label tokens", counts.labels)):
         numbers = [*np.percentile(lengths, PERCENTILES), lengths.mean()]

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 from common.flags import check_options, option
+from dataset.next_command import DEMO_TOKENIZER
 from model.files import TOKENIZER_PATH
+
+MAX_SEQ_LEN = 640  # that of pretraining
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,12 @@ class Settings:
         "folders or .zips of the images that a .jsonl names: one for all, or one for each file",
         aliases=("--images_path",),
     )
-    tokenizer: str = option(TOKENIZER_PATH, "folder of the tokenizer")
-    max_seq_len: int = option(640, "tokens a row is cut at", least=1)
+    tokenizer: str | None = option(
+        None,
+        f"folder of the tokenizer; if not given, {TOKENIZER_PATH}, or {DEMO_TOKENIZER} if that is "
+        "not there",
+    )
+    max_seq_len: int = option(MAX_SEQ_LEN, "tokens a row is cut at", least=1)
     n_image_tokens: int | None = option(
         None, "tokens of an image; if not given, as many as the published models have", least=1
     )
