@@ -62,7 +62,8 @@ class GraphDecoder:
 
         # record; kernels are noted here, not run
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use the GPU meanwhile: in training, those that load and store data.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self.decode(self.token)
         self.cache.rewind(length)
         return graph

@@ -45,7 +45,8 @@ class TrainConfig:
     )
     val_interval: int | None = option(
         None,
-        "optimizer steps between validations; once at the end of each epoch if not given",
+        "optimizer steps between validations; once at the end of each epoch if not given; a new "
+        "run starts with one",
         least=1,
     )
     max_seq_len: int = option(640, "tokens at which a sample is cut off", least=1)
@@ -165,6 +166,9 @@ class TrainConfig:
         False, "log to Weights & Biases too (WANDB_MODE=offline needs no account)"
     )
     wandb_project: str = option("MiniMind-V", "name of the Weights & Biases project")
+    use_tensorboard: bool = option(
+        False, "log to OUT_DIR/SAVE_NAME_DIM.tensorboard too; `tensorboard --logdir out` shows it"
+    )
 
     def __post_init__(self):
         check_options(self)

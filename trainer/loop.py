@@ -20,6 +20,7 @@ from trainer.run_state import RunState
 from trainer.runtime import Runtime, start_runtime
 from trainer.sampler import StepSampler
 from trainer.schedule import Schedule
+from trainer.validation import validate
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
         model: with a vision encoder; starts from config.init_weights, or as it is.
         train_data: a VLMDataset or MixedDataset (dataset/).
         config: options of the run.
-        val_data: for a validation loss; the best weights are then saved too.
+        val_data: for a validation loss and sample answers; the best weights are then saved too.
         runtime: device and processes; made from `config` if not given.
     """
     runtime = runtime or start_runtime(config)
@@ -54,7 +55,7 @@ def train(
         runtime.world_size,
         config.seed,
     )
-    state = RunState(model, optimizer, sampler, train_data.processor, config, runtime)
+    state = RunState(model, optimizer, sampler, train_data, config, runtime)
     state.start()
     progress = state.progress
     schedule = Schedule(config, sampler, progress.step)
@@ -71,6 +72,12 @@ def train(
     meter, is_stopped = report.meter, False
 
     with runtime.stop.listening(), report.following():
+        if val_data is not None and progress.step == 0:
+            # what it says before it has learned anything
+            with meter.paused():
+                validation = validate(model, images, val_data, batch_size, runtime)
+            report.log.validation(0, validation)
+
         steps = optimizer_steps(loader, sampler, config.epochs, meter)
         for micro_batches in itertools.islice(steps, schedule.steps_left):
             # learning rate
@@ -106,9 +113,10 @@ def train(
             if is_log_due:
                 report.log_step(last_loss, last_norm, learning_rate)
             if is_val_due and not is_stopped:
-                val_loss = validate(model, images, val_data, batch_size, runtime)
-                report.log.validation(step, val_loss)
-                state.save_if_best(val_loss)
+                with meter.paused():
+                    validation = validate(model, images, val_data, batch_size, runtime)
+                report.log.validation(step, validation)
+                state.save_if_best(validation.loss)
             if is_save_due or is_stopped:
                 state.save()
             if is_stopped:
@@ -163,28 +171,3 @@ def accumulate_gradients(
                 (loss * (count * runtime.world_size / n_labels)).backward()
             loss_sum += loss.detach() * count
     return runtime.sum_on_device(loss_sum) / n_labels
-
-
-@torch.no_grad()
-def validate(
-    model: MiniMindVLM, images: ImageEncoder, val_data, batch_size: int, runtime: Runtime
-) -> float:
-    """Mean loss over all label tokens of `val_data`, which the ranks share out."""
-    model.eval()
-    sampler = StepSampler(
-        val_data.lengths,
-        batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        shuffle=False,
-    )
-    loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
-    for batch in make_loader(val_data, sampler, num_workers=0, cache=images.cache):
-        batch, count = batch.to(runtime.device), batch.n_labels
-        with runtime.autocast():
-            features = images.features(batch)
-            loss = model(**batch.model_inputs(), image_features=features).loss
-        loss_sum, n_labels = loss_sum + loss * count, n_labels + count
-    loss_sum, n_labels = runtime.sum_over_ranks(loss_sum.item(), n_labels)
-    model.train()
-    return loss_sum / max(n_labels, 1)

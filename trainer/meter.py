@@ -48,6 +48,13 @@ class Meter:
         self._wait()
         self.seconds[part] += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block out: rates are those of training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
     def _wait(self) -> None:
         if self.runtime.is_gpu and self.times_parts:
             torch.accelerator.synchronize(self.runtime.device)
