@@ -28,7 +28,8 @@ PUBLISHED = {
     "--accumulation_steps": Published(
         (TRAIN,),
         SAME,
-        "a step's loss is the mean over all its label tokens; batches at an epoch's end count too",
+        "a step's loss is the mean over all its label tokens; what is left over at the end of an "
+        "epoch makes a step of its own",
     ),
     "--learning_rate": Published((TRAIN,), SAME),
     "--grad_clip": Published((TRAIN,), SAME),
@@ -38,7 +39,7 @@ PUBLISHED = {
         "in training; otherwise tokens of prompt and answer together (published: letters of the "
         "prompt, and as many new tokens again)",
     ),
-    "--num_workers": Published((TRAIN,), SAME),
+    "--num_workers": Published((TRAIN,), SAME, "8 if not given, as published; 0 on a CPU"),
     "--data_path": Published((TRAIN,), SAME),
     "--images_path": Published((TRAIN,), SAME),
     "--use_wandb": Published((TRAIN,), SAME),
