@@ -13,7 +13,7 @@ INTRODUCTION = """\
 # Flags
 
 This page is written from the code by `python -m scripts.docs`; `--help` of each script says the
-same. An empty default means: off, or as the text says.
+same. Where no default is shown, the flag is off if not given, or the text says what happens.
 """
 
 
@@ -24,11 +24,10 @@ def write_flags() -> str:
     return "\n".join(
         [
             INTRODUCTION,
-            *write_section(training, "default: pretraining / SFT", *stages),
-            *write_section("`eval_vlm.py`", "default", EvalConfig()),
-            *write_section("`web_demo_vlm.py`", "default", read_defaults("web_demo_vlm.py")),
+            *write_section(training, "what it is (defaults: pretraining / SFT)", *stages),
+            *write_section("`eval_vlm.py`", "what it is", EvalConfig()),
+            *write_section("`web_demo_vlm.py`", "what it is", read_defaults("web_demo_vlm.py")),
             *write_table(),
-            "",
         ]
     )
 
@@ -43,8 +42,8 @@ def write_section(title: str, heading: str, *defaults) -> list[str]:
     columns = zip(*map(list_flags, defaults))
     lines = [f"## {title}", ""]
     for group, rows in groupby(columns, key=lambda row: row[0].group):
-        lines += [f"### {group.capitalize()}", "", f"| flag | what it is | {heading} |"]
-        lines += ["|---|---|---|", *map(write_row, rows), ""]
+        lines += [f"### {group.capitalize()}", "", f"| flag | {heading} |"]
+        lines += ["|---|---|", *map(write_row, rows), ""]
     published = ", ".join(f"`{flag.names[0]}`" for flag in list_published(defaults[0]))
     link = "[published flags](#flags-of-the-published-scripts)"
     return [*lines, f"Accepted too: the {link} {published}.", ""]
@@ -53,8 +52,9 @@ def write_section(title: str, heading: str, *defaults) -> list[str]:
 def write_row(flags: tuple[Flag, ...]) -> str:
     """One flag, with its default in each stage."""
     names = " ".join(f"`{name}`" for name in flags[0].names)
-    shown = dict.fromkeys(show_default(flag.default) for flag in flags)
-    return f"| {names} | {flags[0].help.replace('|', '/')} | {' / '.join(filter(None, shown))} |"
+    shown = dict.fromkeys(filter(None, (show_default(flag.default) for flag in flags)))
+    default = f" (default: {' / '.join(shown)})" if shown else ""
+    return f"| {names} | {flags[0].help.replace('|', '/')}{default} |"
 
 
 def show_default(default) -> str:

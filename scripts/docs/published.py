@@ -97,10 +97,11 @@ def write_table() -> list[str]:
         "them: of `train_pretrain_vlm.py` and `train_sft_vlm.py` (train), `eval_vlm.py` (eval) and",
         "`web_demo_vlm.py` (web). For one that does nothing, a line says what to use now.",
         "",
-        "| flag | of | here | what differs |",
-        "|---|---|---|---|",
     ]
-    rows = PUBLISHED.items()
-    return lines + [
-        f"| `{name}` | {', '.join(row.scripts)} | {row.effect} | {row.note} |" for name, row in rows
-    ]
+    for effect in (SAME, OTHER, IGNORED):
+        lines += [f"### {effect.capitalize()}", "", "| flag | of | what differs |", "|---|---|---|"]
+        for name, row in PUBLISHED.items():
+            if row.effect == effect:
+                lines.append(f"| `{name}` | {', '.join(row.scripts)} | {row.note} |")
+        lines.append("")
+    return lines
