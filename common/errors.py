@@ -4,6 +4,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
+from common.threads import choose_threads
+
 
 class UserError(ValueError):
     """Something in the input, the files or the flags is wrong; the message is one line."""
@@ -45,8 +47,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`. A UserError becomes one line on stderr and exit status 2.
 
     Ctrl-C, also while large packages are being imported, becomes "stopped" and status 130.
+    PyTorch's threads are chosen first: `main` is what imports it.
     """
     use_utf8()
+    choose_threads()
     try:
         main()
     except UserError as error:

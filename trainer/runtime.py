@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from common.device import choose_device
 from common.errors import UserError
+from common.threads import describe_threads
 from trainer.config import TrainConfig
 
 # Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
@@ -189,8 +190,9 @@ def start_runtime(config: TrainConfig) -> Runtime:
         dist.init_process_group(backends.get(device.type, "gloo"), timeout=timedelta(minutes=30))
     runtime = Runtime(device, torch.float32, rank, world_size)
     runtime.dtype, reason = _choose_dtype(config.dtype, runtime)
+    threads = "" if runtime.is_gpu else f" with {describe_threads()}"
     runtime.print(
-        f"device: {device} x {world_size}; dtype: {runtime.dtype_name} ({reason}); "
+        f"device: {device} x {world_size}{threads}; dtype: {runtime.dtype_name} ({reason}); "
         f"seed: {config.seed}"
     )
     torch.manual_seed(config.seed)
