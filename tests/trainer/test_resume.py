@@ -225,6 +225,9 @@ def test_the_rank_count_may_change(command, tmp_path):
     )
     assert finished.returncode == 0, finished.stdout
     assert [line["step"] for line in read_log(tmp_path, "train")] == list(range(1, 13))
+    # One process answers; the other does not wait for it forever.
+    answered = [(line["step"], line["row"]) for line in read_log(tmp_path, "sample")]
+    assert answered == [(step, row) for step in (0, 2, 3, 6, 9, 12) for row in (0, 8, 16)]
 
 
 def test_two_nodes_survive_the_death_of_a_rank(command, tmp_path):
