@@ -27,7 +27,7 @@ BARE_IMAGE = """
 import sys
 
 for name in ("pyarrow", "wandb", "streamlit", "scipy", "faiss", "ftfy", "imagehash", "modelscope",
-             "py3langid", "modelscope_hub", "psutil", "mplfonts"):
+             "py3langid", "modelscope_hub", "psutil", "mplfonts", "tensorboard"):
     sys.modules[name] = None
 """
 RUN = """

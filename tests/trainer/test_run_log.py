@@ -9,8 +9,9 @@ import torch
 
 from common.errors import UserError
 from inference import load_vlm
+from inference.load import VLM
 from scripts.processes import as_flags
-from tests.helpers import picture, read_log, run_script, write_rows
+from tests.helpers import picture, read_log, run_script, small_model, write_rows
 from trainer import run_log
 from trainer.build import build_model
 from trainer.config import TrainConfig
@@ -81,7 +82,8 @@ def test_wandb_goes_on_in_the_same_run(watched):
     out_dir = watched[0]
     ids = {line["wandb_id"] for line in read_log(out_dir, "start")}
     folders = sorted((out_dir / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and ids == {folder.name.split("-")[-1] for folder in folders}
+    assert len(folders) == 2 and len(ids) == 1
+    assert {folder.name.split("-")[-1] for folder in folders} == ids
     losses = {}
     for folder in folders:
         for record in read_wandb(next(folder.glob("*.wandb"))):
@@ -114,22 +116,46 @@ def test_a_run_that_is_watched_prints_calmly(watched):
         assert line in watched[2]
 
 
+def ask_again(vlm, rows_dir, index: int, shift: int = 0) -> tuple[str, str, str]:
+    """(question, right answer, answer of inference) of a row, or with pictures of a later row."""
+    lines = (rows_dir / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    row, other = json.loads(lines[index]), json.loads(lines[(index + shift) % len(lines)])
+    question, answer = (turn["content"] for turn in row["conversations"])
+    names = filter(None, other.get("image", "").split(", "))
+    images = [rows_dir / "images" / name for name in names]
+    given = vlm.ask(images, question, temperature=0, max_new_tokens=MAX_NEW_TOKENS)
+    return question.replace("<image>\n", ""), answer, given
+
+
 def test_sample_answers_are_those_of_inference(watched, rows_dir):
     """Rows of no, two and one image, asked again of the weights that the run has left."""
     vlm = load_vlm(watched[0] / f"{NAME}.pth", device="cpu")
-    rows = [json.loads(line) for line in (rows_dir / "rows.jsonl").open()]
-    samples = [line for line in read_log(watched[0], "sample") if line["step"] == 6]
+    lines = read_log(watched[0], "sample")
+    samples = [line for line in lines if line["step"] == 6]
     assert [sample["row"] for sample in samples] == [0, 8, 16]
     for sample in samples:
-        row = rows[sample["row"]]
-        question, answer = (turn["content"] for turn in row["conversations"])
-        names = filter(None, row.get("image", "").split(", "))
-        images = [rows_dir / "images" / name for name in names]
-        given = vlm.ask(images, question, temperature=0, max_new_tokens=MAX_NEW_TOKENS)
-        assert sample["given"] == given and given
-        assert (sample["question"], sample["answer"]) == (question.replace("<image>\n", ""), answer)
-    before = [line["given"] for line in read_log(watched[0], "sample") if line["step"] == 0]
+        expected = ask_again(vlm, rows_dir, sample["row"])
+        assert (sample["question"], sample["answer"], sample["given"]) == expected
+    before = [line["given"] for line in lines if line["step"] == 0]
     assert before != [sample["given"] for sample in samples], "it has not learned anything"
+
+
+def test_sample_answers_look_at_the_pictures(rows, rows_dir, processor):
+    """A network of loud patches and strong attention: other pictures, other answers."""
+    model = small_model()
+    model.vision_proj.vision_proj[0].weight.data *= 30
+    for layer in model.layers:
+        layer.attention.wv.weight.data *= 10
+        layer.attention.wo.weight.data *= 10
+    vlm = VLM(model, processor, rows_dir)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    images = ImageEncoder(model.vision_encoder, processor.image_processor, runtime.device)
+    samples = answer_samples(model, images, rows(processor), runtime)
+    assert [sample[1:] for sample in samples] == [
+        ask_again(vlm, rows_dir, sample.row) for sample in samples
+    ]
+    for sample in samples[1:]:
+        assert sample.given != ask_again(vlm, rows_dir, sample.row, shift=3)[2]
 
 
 @pytest.fixture
