@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-data.txt requirements-dev.txt
 
-.PHONY: setup demo test web bench docs clean
+.PHONY: setup demo demo-multi lesson test web bench docs clean
 
 setup: $(VENV)/ready
 
@@ -17,6 +17,10 @@ $(VENV)/ready: $(REQUIREMENTS)
 demo: setup
 	$(RUN) -m scripts.demo
 
+# Afterwards: the model learns to compare two images.
+demo-multi: setup
+	$(RUN) -m scripts.demo --multi
+
 # One thread for each process: the tests run side by side on all cores.
 test: setup
 	$(VENV)/bin/ruff check .
@@ -27,6 +31,11 @@ web:
 	@test -f out/demo/sft_vlm_128.pth || (echo "error: no demo model yet: run make demo first" && exit 2)
 	@$(MAKE) --no-print-directory setup
 	$(RUN) web_demo_vlm.py --out_dir out/demo
+
+# A class in a notebook; the browser opens by itself.
+lesson: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-lesson.txt
+	$(RUN) -m jupyterlab docs/lesson.ipynb
 
 bench: setup
 	$(RUN) -m scripts.bench

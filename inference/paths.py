@@ -25,6 +25,9 @@ from model.files import (
 # What a folder of weights is searched for, the best first.
 PREFERRED_NAMES = [WEIGHTS_NAMES[mode] for mode in (1, 2, 0)]
 
+# Where weights of the demo are.
+DEMO_FOLDERS = (Path("out/demo"), Path("model/demo"))
+
 
 class ModelFiles(NamedTuple):
     """The parts of a model on disk."""
@@ -74,6 +77,13 @@ def choose_weights(config: AskConfig) -> Path:
             f"no weights at {path}, but {', '.join(file.name for file in others)}: "
             f"pass --weights {others[0]}"
         )
+    # what `make demo` has trained, or what is shipped
+    for place in DEMO_FOLDERS:
+        if not path.is_file() and find_by_name(place, name, config.dim):
+            raise MissingFileError(
+                f"no weights at {path}: pass --out_dir {place} for the demo's, or fetch the "
+                "published ones with `python -m scripts.download weights-512`"
+            )
     return find_weights(path)
 
 

@@ -46,7 +46,8 @@ def save_weights(model: MiniMindLM, path: Path, **facts) -> None:
     Args:
         model: its weights are saved, without the vision encoder.
         path: of the .pth file.
-        facts: what else the JSON says: tokenizer, vision_model, stage, data, step, val_loss.
+        facts: what else the JSON says: tokenizer, vision_model, stage, data, question, step,
+            val_loss.
     """
     # First the JSON: weights that replace others must not be described by the old one.
     info = {"config": describe_config(model.config), **facts}

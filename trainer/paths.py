@@ -93,6 +93,13 @@ def find_start(config: TrainConfig) -> Path | None:
         return found[-1]
 
 
+def find_dim(config: TrainConfig) -> int:
+    """Width of the language model, as flags and the JSON beside the weights tell."""
+    start = find_start(config)
+    sizes = read_info(start).get("config", {}) if start else {}
+    return config.dim or sizes.get("dim", DEFAULT_DIM)
+
+
 def find_parts(config: TrainConfig) -> tuple[Path | None, Path, Path]:
     """(weights to start from, tokenizer folder, vision encoder folder).
 

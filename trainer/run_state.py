@@ -7,14 +7,15 @@ states to keep: the order of the data follows from seed and epoch.
 import math
 import time
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import BadSampleError, UserError
 from model.model_vlm import MiniMindVLM
-from model.processing import VLMProcessor
+from model.processing import IMAGE_TAG, check_conversation
 from model.weights import (
     describe_config,
     load_weights,
@@ -30,6 +31,7 @@ from trainer.runtime import Runtime
 from trainer.sampler import StepSampler
 
 SAVE_SECONDS = 60  # between saves, by default
+ROWS_LOOKED_AT = 500  # for the question that opens most of them
 
 
 @dataclass
@@ -41,6 +43,24 @@ class Progress:
     best_val_loss: float = math.inf
 
 
+def find_opening_question(train_data) -> str | None:
+    """The question that opens most rows; None if no row with an image has one.
+
+    It is what eval_vlm.py asks about a picture if it is given no question.
+    """
+    questions: Counter[str] = Counter()
+    for index in range(min(len(train_data), ROWS_LOOKED_AT)):
+        try:
+            row, images = train_data.read(index)
+            turns = check_conversation(row["conversations"]) if images else []
+        except BadSampleError:
+            continue
+        opening = next((content for role, content in turns if role == "user"), "")
+        questions[opening.replace(IMAGE_TAG, "").strip()] += 1
+    del questions[""]
+    return max(questions, key=questions.get, default=None)
+
+
 class RunState:
     """Starts, saves and resumes a run.
 
@@ -49,7 +69,7 @@ class RunState:
 
     Args:
         model, optimizer, sampler: what is saved, and set when a run is resumed.
-        processor: its tokenizer belongs to the weights.
+        train_data: its tokenizer and its most frequent question belong to the weights.
         config: the options of the run.
         runtime: only its main process writes.
     """
@@ -59,16 +79,17 @@ class RunState:
         model: MiniMindVLM,
         optimizer: torch.optim.Optimizer,
         sampler: StepSampler,
-        processor: VLMProcessor,
+        train_data,
         config: TrainConfig,
         runtime: Runtime,
     ):
         self.model, self.optimizer, self.sampler = model, optimizer, sampler
-        self.processor, self.config, self.runtime = processor, config, runtime
+        self.train_data, self.config, self.runtime = train_data, config, runtime
         self.paths = run_paths(config, model.config.dim)
         self.saved: list[Path] = []  # by this run or the one it continues
         self.saved_at = time.monotonic()
         self.progress = Progress()
+        self.question = find_opening_question(train_data) if runtime.is_main else None
         # What has to be the same for a run to continue.
         lengths = sampler.lengths
         self.identity = {
@@ -200,10 +221,11 @@ class RunState:
         save_weights(
             self.model,
             path,
-            tokenizer=self.processor.tokenizer.name_or_path,
+            tokenizer=self.train_data.processor.tokenizer.name_or_path,
             vision_model=self.model.vision_encoder.name_or_path,
             stage="sft" if all(is_trainable) else "pretrain",
             data=self.config.data_path,
+            question=self.question,
             step=self.progress.step,
             val_loss=self.progress.val_loss,
         )

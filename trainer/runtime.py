@@ -16,6 +16,7 @@ from common.device import choose_device
 from common.errors import UserError
 from common.threads import describe_threads
 from trainer.config import TrainConfig
+from trainer.paths import find_dim
 
 # Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
 GPU_STEPS_UNREAD = 16
@@ -189,7 +190,7 @@ def start_runtime(config: TrainConfig) -> Runtime:
         backends = {"cuda": "nccl", "xpu": "xccl"}
         dist.init_process_group(backends.get(device.type, "gloo"), timeout=timedelta(minutes=30))
     runtime = Runtime(device, torch.float32, rank, world_size)
-    runtime.dtype, reason = _choose_dtype(config.dtype, runtime)
+    runtime.dtype, reason = _choose_dtype(config, runtime)
     threads = "" if runtime.is_gpu else f" with {describe_threads()}"
     runtime.print(
         f"device: {device} x {world_size}{threads}; dtype: {runtime.dtype_name} ({reason}); "
@@ -207,23 +208,27 @@ def _choose_device(wanted: str | None) -> torch.device:
     return device
 
 
-def _choose_dtype(wanted: str, runtime: Runtime) -> tuple[torch.dtype, str]:
+def _choose_dtype(config: TrainConfig, runtime: Runtime) -> tuple[torch.dtype, str]:
     """(dtype of matrix products, why)."""
-    if wanted == "float32":
+    if config.dtype == "float32":
         return torch.float32, "asked for"
-    is_good = _is_bfloat16_worth_it(runtime.device)
+    is_good = _is_bfloat16_worth_it(runtime.device, find_dim(config))
     # One choice for all ranks.
     if runtime.sum_over_ranks(is_good)[0] == runtime.world_size:
         return torch.bfloat16, "weights stay float32"
     return torch.float32, "bfloat16 is not faster here"
 
 
-def _is_bfloat16_worth_it(device: torch.device) -> bool:
-    """Whether bfloat16 is worth it: some CPUs have instructions for it that are slower."""
+def _is_bfloat16_worth_it(device: torch.device, dim: int) -> bool:
+    """Whether bfloat16 is worth it for a model that is `dim` wide.
+
+    Some CPUs have instructions for it that are slower, or slower for a narrow model.
+    """
     if device.type == "cpu":
         # Without instructions for it a large product takes many seconds: a small one tells first.
         return all(
-            _product_seconds(n_rows, torch.bfloat16) < _product_seconds(n_rows, torch.float32)
+            _product_seconds(n_rows, dim, torch.bfloat16)
+            < _product_seconds(n_rows, dim, torch.float32)
             for n_rows in (32, 1024)
         )
     if device.type == "cuda":
@@ -235,9 +240,9 @@ def _is_bfloat16_worth_it(device: torch.device) -> bool:
         return False
 
 
-def _product_seconds(n_rows: int, dtype: torch.dtype) -> float:
-    """Least time of up to five products (n_rows, 768) @ (768, 2048), in seconds."""
-    x, weight = torch.ones(n_rows, 768, dtype=dtype), torch.ones(768, 2048, dtype=dtype)
+def _product_seconds(n_rows: int, dim: int, dtype: torch.dtype) -> float:
+    """Least time of up to five products (n_rows, dim) @ (dim, 3 * dim), in seconds."""
+    x, weight = torch.ones(n_rows, dim, dtype=dtype), torch.ones(dim, 3 * dim, dtype=dtype)
     seconds = []
     while len(seconds) < 5 and sum(seconds) < 0.1:
         start = time.perf_counter()

@@ -27,7 +27,7 @@ OUT = Path("out/demo")
 DATA = OUT / "data"
 # Rows of each part of the set. Both stages show the same pictures, so SFT finds their features in
 # the cache that pretraining has filled.
-ROWS = {"pretrain": 2400, "sft": 2400, "val": 24, "eval": 480}
+ROWS = {"pretrain": 2000, "sft": 2000, "val": 24, "eval": 480}
 ROWS_MULTI = {"multi": 2400, "eval_multi": 300}
 # Images that the questions come with -> name in the report.
 IMAGES = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}
@@ -63,7 +63,7 @@ def learn_to_see() -> None:
         "train_pretrain_vlm.py",
         "pretrain",
         init_weights="model/demo/lm_128.pth",
-        batch_size=16,
+        batch_size=4,
         learning_rate="2e-3",
     )
     train(
@@ -71,7 +71,7 @@ def learn_to_see() -> None:
         "train_sft_vlm.py",
         "sft",
         init_weights=OUT / "pretrain_vlm_128.pth",
-        batch_size=16,
+        batch_size=8,
         learning_rate="6e-4",
     )
 
@@ -173,7 +173,7 @@ def train(title: str, script: str, *parts: str, **options: object) -> None:
         images=[DATA / FILES[name][1] for name, _, _ in names],
         val_data=DATA / FILES["val"][0],
         val_images=DATA / FILES["val"][1],
-        val_interval=50,
+        val_interval=250,
         out_dir=OUT,
         epochs=1,
         warmup_iters=10,
