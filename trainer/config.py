@@ -57,14 +57,15 @@ class TrainConfig:
     # Which network, and from where it starts.
     dim: int | None = option(
         None,
-        "width of the language model; if not given, that of --init_weights, or 512",
+        "width of the language model; if not given, that of --init_weights, or that of "
+        "model/LMConfig.py",
         least=2,
         group="model",
     )
     n_layers: int | None = option(
         None,
-        "number of transformer layers; if not given, that of --init_weights, or 8 (use 16 with "
-        "--dim 768)",
+        "number of transformer layers; if not given, that of --init_weights, or that "
+        "of model/LMConfig.py (the published 768 wide model has 16)",
         least=1,
     )
     tokenizer: str | None = option(
