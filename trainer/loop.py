@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from model.model_vlm import MiniMindVLM
+from trainer.advice import print_doubts
 from trainer.auto_batch import choose_batch_size
 from trainer.collate import Batch, make_loader
 from trainer.config import TrainConfig
@@ -60,6 +61,7 @@ def train(
     progress = state.progress
     schedule = Schedule(config, sampler, progress.step)
     describe_run(config, train_data, trainable, state, schedule.total_steps)
+    print_doubts(config, train_data, trainable, state, schedule.total_steps)
 
     # Where its batches and image features come from, and where its results go.
     images = open_image_encoder(model, train_data, config, runtime)
@@ -123,7 +125,7 @@ def train(
                 break
         images.close()
         report.write_end()
-    return report.end(is_stopped)
+    return report.end(is_stopped, val_data or train_data)
 
 
 def optimizer_steps(

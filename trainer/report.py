@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError, list_reasons
+from trainer.advice import write_ask_command
 from trainer.collate import Batch
 from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
@@ -195,8 +196,12 @@ class Report:
             peak_memory_bytes=self.runtime.peak_memory(),
         )
 
-    def end(self, is_stopped: bool) -> TrainResult:
-        """Print how the run ended and what it left; the one place where a run ends."""
+    def end(self, is_stopped: bool, data) -> TrainResult:
+        """Print how the run ended and what it left; the one place where a run ends.
+
+        The model can be asked about pictures of `data`, which are new to it if that is the
+        validation set.
+        """
         step, paths = self.state.progress.step, self.state.paths
         is_stopped = is_stopped and step < self.total_steps
         number = self.runtime.stop.number if is_stopped else None
@@ -213,10 +218,9 @@ class Report:
             )
         self.runtime.print(f"weights: {paths.weights}\ncurve: {paths.curve}\nlog: {paths.log}")
         if self.has_images:
-            self.runtime.print(
-                f"ask it: python eval_vlm.py --weights {paths.weights} --image PICTURE "
-                '--prompt "What is this?"'
-            )
+            is_best_there = self.state.progress.val_loss is not None and paths.best.is_file()
+            asked = paths.best if is_best_there else paths.weights
+            self.runtime.print(f"ask it: {write_ask_command(asked, data)}")
         self.runtime.close()
         return TrainResult(
             paths.weights, step, self.total_steps, self.state.progress.val_loss, number

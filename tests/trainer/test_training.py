@@ -76,8 +76,9 @@ def test_a_run_leaves_weights_log_and_curve_and_prints_calmly(one_process):
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert "6 of 8 samples (8 x 1 accumulation x 1 devices), 2 epochs" in printed
     assert "warn" not in printed.lower() and "Traceback" not in printed
-    asked = f"ask it: python eval_vlm.py --weights {out_dir}/sft_vlm_64.pth --image PICTURE"
-    assert asked in printed.splitlines()[-1]
+    asked = f"ask it: python eval_vlm.py --weights {out_dir}/sft_vlm_64.pth --image "
+    last = printed.splitlines()[-1]
+    assert asked in last and "1-0.png --prompt 'What color is the circle?" in last
 
 
 def test_the_options_are_printed_once_and_stored_with_the_weights(one_process, options):
