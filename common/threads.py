@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 # How often an idle thread of GNU OpenMP, which PyTorch has on Linux, looks for new work before it
-# falls asleep. Its own 300,000 are several milliseconds: where other programs run too, threads that
-# only wait then keep the CPU from threads that have work. `python -m scripts.bench busy` measures
-# it. OpenMP on a Mac and on Windows lets others run while it waits: nothing is set there.
-SPIN_COUNT = 10_000
+# falls asleep. 5,000 looks take about 0.1 ms, as long as most pauses between two products of
+# matrices; its own 300,000 take 8 ms. Where other programs run too, a thread that only waits keeps
+# the CPU from one that has work. `python -m scripts.bench busy` measures it. OpenMP on a Mac and on
+# Windows lets others run while it waits: nothing is set there.
+SPIN_COUNT = 5000
 # Ways to say how an idle thread waits.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -32,7 +33,7 @@ def choose_threads() -> None:
 
 
 def describe_threads() -> str:
-    """What PyTorch computes with, such as "2 threads, GOMP_SPINCOUNT 10000"."""
+    """What PyTorch computes with, such as "2 threads, GOMP_SPINCOUNT 5000"."""
     import torch
 
     n_threads = torch.get_num_threads()

@@ -32,7 +32,7 @@ N_TURNS = 5
 FIRST_STEPS = 3
 BATCH_SIZE, ACCUMULATION_STEPS, N_ROWS = 8, 2, 2400
 # It ends by itself, in case that this process is killed.
-BUSY_LOOP = "import time; end = time.monotonic() + 300\nwhile time.monotonic() < end: pass"
+BUSY_LOOP = "import time; end = time.monotonic() + 600\nwhile time.monotonic() < end: pass"
 
 
 def measure(args: Namespace) -> list[dict]:
@@ -134,7 +134,7 @@ def train_command(way: str, args: Namespace) -> list[str]:
         out_dir=WORK,
         batch_size=BATCH_SIZE,
         accumulation_steps=ACCUMULATION_STEPS,
-        epochs=4,
+        epochs=10,
         dtype="float32",
         device="cpu",
         feature_cache_gb=0,
