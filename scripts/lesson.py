@@ -11,7 +11,7 @@ from model.files import ROOT
 
 SOURCE = ROOT / "docs" / "lesson.py"
 NOTEBOOK = SOURCE.with_suffix(".ipynb")
-CELL_SECONDS = 300  # most for one cell, on a machine that is busy
+CELL_SECONDS = 300  # most for one cell
 
 
 def read_lesson():
