@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
 from common.files import write_text
 from common.flags import parse_flags
+from common.threads import describe_threads
 from dataset.mixture import find_sources, open_data
 from inference.config import EvalConfig
 from inference.paths import find_model
@@ -43,9 +44,10 @@ def main() -> None:
 
     vlm = load_vlm(**model)
     n_weights, device = count_weights(vlm.model), vlm.model.tok_embeddings.weight.device
+    threads = f" with {describe_threads()}" if device.type == "cpu" else ""
     print(
         f"model: {vlm.weights}, {n_weights / 1e6:.2f} M parameters without the vision encoder, "
-        f"on {device}"
+        f"on {device}{threads}"
     )
     if config.data:
         measure(config, vlm)
