@@ -28,10 +28,10 @@ LEAST_REACH = 0.01
 GOOD_REACH, HIGHEST_RATE = 0.2, 1e-3
 # The demo's vision encoder has seen rendered scenes only: things on a ground of one color.
 DEMO_ENCODER = ROOT / "model/demo/vision_model"
-# Ground is over 80 % of any scene, and under 5 % of half of all photographs.
+# Ground is over half of any scene, and under 5 % of half of all photographs.
 LEAST_GROUND = 0.4
-# So few rows do not teach a language model to see.
-FEW_ROWS = 2000
+# So few rows did not teach a language model to see.
+FEW_ROWS = 1000
 ROWS_LOOKED_AT = 12
 
 
@@ -46,11 +46,12 @@ def print_doubts(
     # A resumed run said it at its start, and one of a few steps is only tried out.
     if state.progress.step or not state.runtime.is_main:
         return
-    doubts = []
-    if config.max_steps is None:
+    doubts, is_tried = [], config.max_steps is not None
+    if not is_tried:
         doubts.append(check_rate(config.learning_rate, total_steps, measure_size(trainable)))
     if train_data.n_images:
-        doubts.append(check_start(find_init_weights(config), len(train_data)))
+        if not is_tried:
+            doubts.append(check_start(find_init_weights(config), len(train_data)))
         if is_demo_encoder(state.model.vision_encoder.name_or_path):
             doubts.append(check_pictures(read_pictures(train_data)))
     for doubt in filter(None, doubts):
@@ -95,7 +96,7 @@ def check_start(weights: Path | None, n_rows: int) -> str | None:
         n_rows: training rows.
     """
     # lm_512.pth: that is how language models without eyes are called.
-    if weights is None or not weights.name.startswith("lm_") or n_rows >= FEW_ROWS:
+    if weights is None or not weights.name.startswith("lm_") or n_rows > FEW_ROWS:
         return None
     return (
         f"{weights} has never seen a picture, and {n_rows:,} rows do not teach it to look: start "
@@ -155,7 +156,11 @@ def write_ask_command(weights: Path, data) -> str:
             continue
         if images:
             if all(isinstance(image, Path) for image in images):
-                pictures = list(map(str, images))
+                here = Path.cwd()
+                pictures = [
+                    str(image.relative_to(here) if image.is_relative_to(here) else image)
+                    for image in images
+                ]
             asked = next(content for role, content in turns if role == "user")
             question = asked.replace(IMAGE_TAG, "").strip() or question
             break
