@@ -27,7 +27,7 @@ OUT = Path("out/demo")
 DATA = OUT / "data"
 # Rows of each part of the set. Both stages show the same pictures, so SFT finds their features in
 # the cache that pretraining has filled.
-ROWS = {"pretrain": 2000, "sft": 2000, "val": 24, "eval": 480}
+ROWS = {"pretrain": 3000, "sft": 2000, "val": 24, "eval": 480}
 ROWS_MULTI = {"multi": 2400, "eval_multi": 300}
 # Images that the questions come with -> name in the report.
 IMAGES = {"right": "accuracy", "wrong": "accuracy_wrong_image", "none": "accuracy_no_image"}
@@ -64,7 +64,7 @@ def learn_to_see() -> None:
         "pretrain",
         init_weights="model/demo/lm_128.pth",
         batch_size=4,
-        learning_rate="2e-3",
+        learning_rate="3e-3",
     )
     train(
         "SFT: the whole language model learns to answer about the same pictures",

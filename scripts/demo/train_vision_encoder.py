@@ -360,7 +360,7 @@ def main() -> None:
     # lesson 2, which starts from that file
     vision_encoder = CLIPVisionModel.from_pretrained(args.start or args.out_dir).float()
     teach_plain_words(vision_encoder.train(), processor, args)
-    shrink_features(vision_encoder, processor, args.batch_size)
+    shrink_features(vision_encoder.half().float(), processor, args.batch_size)
     vision_encoder.half().save_pretrained(args.out_dir)
     processor.save_pretrained(args.out_dir)
 
