@@ -33,8 +33,10 @@ class Recipe(NamedTuple):
 
     least_rows: int
     epochs: int
-    demo_rate: str  # learning rate of the demo's weights, measured
-    published_rate: str  # of the published weights, which are 4 times as wide; not measured
+    # The learning rate of the demo's weights was measured; that of the published ones, which are
+    # 4 times as wide, was not.
+    demo_rate: str
+    published_rate: str
 
 
 # That of a set is the last one whose `least_rows` it has.

@@ -24,7 +24,8 @@ from trainer.advice import (
     write_ask_command,
 )
 
-SMALL, LARGE = 0.02, 0.2  # sizes of weights: as drawn at random, as in the demo
+# Sizes of weights: as drawn at random, as in the demo.
+SMALL, LARGE = 0.02, 0.2
 
 
 def count_steps(n_rows: int, epochs: int, batch_size: int) -> int:
