@@ -50,9 +50,8 @@ EVAL_TYPES = (*ONE_IMAGE_TYPES, "description")
 # What is learned slowest is asked most: to find a thing by its shape, to count; the difference.
 SFT_TYPES = (*ONE_IMAGE_TYPES, "color", "count", "count")
 MULTI_TYPES = (*PAIR_TYPES, "difference", "difference")
-# Part of the dialogues about one image that begin with a description. SFT has one in each: what it
-# is not asked for, a model forgets.
-DESCRIPTION_SHARE, SFT_DESCRIPTION_SHARE = 0.35, 1.0
+# Part of the dialogues about one image that begin with a description.
+DESCRIPTION_SHARE = 0.35
 # Ways to ask for a description and for a difference, beside that of TEMPLATES. The Chinese ones
 # are the questions that the published project asks.
 OTHER_REQUESTS = {
@@ -112,20 +111,15 @@ def as_turns(pairs: list[tuple[str, str]], prefix: str) -> list[dict]:
 
 
 def dialogue_row(
-    rng: random.Random,
-    language: str,
-    types: Sequence[str],
-    scenes: tuple[Scene, ...] | None = None,
-    description_share: float = DESCRIPTION_SHARE,
+    rng: random.Random, language: str, types: Sequence[str], scenes: tuple[Scene, ...] | None = None
 ) -> tuple[dict, tuple[Scene, ...]]:
     """(row without "image", scenes): a dialogue about one scene, or two.
 
-    A part of the single ones begin with a description; the other arguments are those of
-    `sample_dialogue`.
+    A part of the single ones begin with a description. See `sample_dialogue` for the arguments.
     """
     scenes, questions = sample_dialogue(rng, language, types, scenes)
     pairs = [(question.text, question.answer) for question in questions]
-    if len(scenes) == 1 and rng.random() < description_share:
+    if len(scenes) == 1 and rng.random() < DESCRIPTION_SHARE:
         pairs[0] = caption(scenes[0], language)
     return {"conversations": as_turns(pairs, "\n".join(["<image>"] * len(scenes)))}, scenes
 
@@ -185,8 +179,7 @@ def make_row(
     if part in ("pretrain", "sft"):
         language = rng.choice(languages)
         scene = sample_scene(random.Random(f"{seed}-scene-{index}"), held_out=False)
-        dialogue = partial(dialogue_row, types=SFT_TYPES, description_share=SFT_DESCRIPTION_SHARE)
-        make = pretrain_row if part == "pretrain" else dialogue
+        make = pretrain_row if part == "pretrain" else partial(dialogue_row, types=SFT_TYPES)
         row, scenes = make(rng, language, scenes=(scene,))
     elif part == "multi":
         language = rng.choice(languages)

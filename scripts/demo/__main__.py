@@ -173,7 +173,7 @@ def train(title: str, script: str, *parts: str, **options: object) -> None:
         images=[DATA / FILES[name][1] for name, _, _ in names],
         val_data=DATA / FILES["val"][0],
         val_images=DATA / FILES["val"][1],
-        val_interval=250,
+        val_interval=375,
         out_dir=OUT,
         epochs=1,
         warmup_iters=10,
