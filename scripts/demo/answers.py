@@ -19,13 +19,14 @@ def draw_answers(answers: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(12, 11), dpi=100, layout="constrained")
+    figure = Figure(figsize=(12, 12), dpi=100, layout="constrained")
     axes = figure.subplots(ROWS, COLUMNS).flat
     for axis, answer in zip(axes, choose_answers(answers, ROWS * COLUMNS)):
         # the scene
         with Image.open(answer["images"][0]) as image:
             axis.imshow(image)
-        axis.set_axis_off()
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
 
         # the question above it, the answer below, and what is right if that is something else
         question = answer["question"].removeprefix("<image>").strip()
@@ -34,16 +35,7 @@ def draw_answers(answers: list[dict], path: Path) -> None:
         if not is_right:
             said += "\n" + _wrap(f"right: {answer['answer']}")
         axis.set_title(_wrap(question), fontsize=11)
-        axis.text(
-            0.5,
-            -0.03,
-            said,
-            color=RIGHT if is_right else WRONG,
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=11,
-        )
+        axis.set_xlabel(said, color=RIGHT if is_right else WRONG, fontsize=11)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
