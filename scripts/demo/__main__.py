@@ -94,7 +94,7 @@ def learn_to_see() -> None:
     print(f"  {first['question']} -> {first['given']}")
     print(f"\ntwelve answers: {OUT}/answers.png")
     print(f"loss curves:    {OUT}/pretrain_vlm_128.png {OUT}/sft_vlm_128.png")
-    print(f"all answers:    {OUT}/eval.json")
+    print(f"all answers:    {OUT}/sft_vlm_eval.json")
     print("talk to it:     make web")
     print(
         f"or:             python eval_vlm.py --out_dir {OUT} --temperature 0 \\\n"
@@ -189,7 +189,7 @@ def evaluate(title: str, model: str, part: str, *images: str) -> dict:
         part: of FILES, the questions.
         images: "right", "wrong" or "none", or several of them.
     """
-    path = OUT / f"{part}.json"
+    path = OUT / f"{model}_{part}.json"
     flags = as_flags(
         weights=OUT / f"{model}_128.pth",
         data=DATA / FILES[part][0],
