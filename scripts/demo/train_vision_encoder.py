@@ -189,15 +189,21 @@ def find_directions(
         torch.stack(backgrounds).mean(0),
     )
 
-    # the mean of each answer, by least squares with a little ridge
+    # the mean of each answer, by least squares with a little ridge; in float64 and rounded,
+    # since the last bits of such a solution differ from run to run
     n_answers, width = hot.shape[1], said.shape[1]
-    ridge = torch.cat([hot, 1e-2 * torch.eye(n_answers)])
-    wanted = torch.cat([said - background, torch.zeros(n_answers, width)])
+    ridge = torch.cat([hot, 1e-2 * torch.eye(n_answers)]).double()
+    wanted = torch.cat([said - background, torch.zeros(n_answers, width)]).double()
     means = torch.linalg.lstsq(ridge, wanted).solution
+    # Of five answers each thing has one, so four directions are free: a little noise decides them,
+    # the same in each run.
+    noise = torch.randn(means.shape, generator=torch.Generator().manual_seed(0))
+    means = means + 1e-3 * noise
 
     # with lengths that do not differ much
     left, lengths, right = torch.linalg.svd(means, full_matrices=False)
-    return left @ torch.diag(lengths.clamp(LEAST_LENGTH, MOST_LENGTH)) @ right, background
+    directions = left @ torch.diag(lengths.clamp(LEAST_LENGTH, MOST_LENGTH)) @ right
+    return directions.round(decimals=3).float(), background
 
 
 @torch.no_grad()
