@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a small model that sees, through the scripts a user runs.
 
-    python -m scripts.demo              # 6 minutes on 2 CPU cores; writes to out/demo/
+    python -m scripts.demo              # 6 to 7 minutes on 2 CPU cores; out/demo/
     python -m scripts.demo --multi      # afterwards: the model learns to compare two images
 
 Renders the scene set; pretraining -> SFT; then asks about held-out scenes with the right images,
