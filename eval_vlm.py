@@ -95,8 +95,10 @@ def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> Non
     """Ask the same question about each group of pictures: one that the model was trained on."""
     for pictures in groups:
         print(f"\n[{', '.join(picture.name for picture in pictures)}]", flush=True)
-        published = PROMPT_FOR_SEVERAL if len(pictures) > 1 else PROMPT
-        prompt = config.prompt or read_info(vlm.weights).get("question") or published
+        name, published = "question", PROMPT
+        if len(pictures) > 1:
+            name, published = "question_for_several", PROMPT_FOR_SEVERAL
+        prompt = config.prompt or read_info(vlm.weights).get(name) or published
         try:
             print_answer(config, vlm.start_chat(), prompt, pictures)
         except BadSampleError as error:

@@ -648,5 +648,5 @@ figures.draw_sizes(names, millions, milliseconds)
 # ## What next
 #
 # - The whole network is two short files: `model/model_lm.py` and `model/model_vlm.py`.
-# - `make demo` trains the model of this lesson from the start, in six minutes.
+# - `make demo` trains the model of this lesson from the start, in seven minutes.
 # - `docs/training.md` tells how to train the published size on photographs.

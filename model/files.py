@@ -90,9 +90,9 @@ def info_path(weights: str | Path) -> Path:
 def read_info(weights: str | Path) -> dict:
     """What training wrote about a weights file; {} where nothing lies beside it (published files).
 
-    Its keys: config (every size of the network), tokenizer, vision_model, stage, data, question
-    (that opens most training rows), step, val_loss. UserError where the JSON is damaged: guessing
-    sizes would hide that.
+    Its keys: config (every size of the network), tokenizer, vision_model, stage, data, question and
+    question_for_several (that open most training rows with one image, and with more), step,
+    val_loss. UserError where the JSON is damaged: guessing sizes would hide that.
     """
     path = info_path(weights)
     if not path.is_file():

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.errors import BadSampleError, UserError
@@ -43,22 +44,25 @@ class Progress:
     best_val_loss: float = math.inf
 
 
-def find_opening_question(train_data) -> str | None:
-    """The question that opens most rows; None if no row with an image has one.
+def find_opening_questions(train_data) -> dict[str, str | None]:
+    """The questions that open most rows with one image ("question"), and with several.
 
-    It is what eval_vlm.py asks about a picture if it is given no question.
+    They are what eval_vlm.py asks if it is given no question.
     """
-    questions: Counter[str] = Counter()
-    for index in range(min(len(train_data), ROWS_LOOKED_AT)):
+    questions = {"question": Counter(), "question_for_several": Counter()}
+    looked_at = np.linspace(0, len(train_data) - 1, min(len(train_data), ROWS_LOOKED_AT))
+    for index in looked_at.astype(int).tolist():
         try:
             row, images = train_data.read(index)
             turns = check_conversation(row["conversations"]) if images else []
         except BadSampleError:
             continue
         opening = next((content for role, content in turns if role == "user"), "")
-        questions[opening.replace(IMAGE_TAG, "").strip()] += 1
-    del questions[""]
-    return max(questions, key=questions.get, default=None)
+        name = "question" if len(images) == 1 else "question_for_several"
+        questions[name][opening.replace(IMAGE_TAG, "").strip()] += 1
+    for counts in questions.values():
+        counts.pop("", None)
+    return {name: max(counts, key=counts.get, default=None) for name, counts in questions.items()}
 
 
 class RunState:
@@ -89,7 +93,7 @@ class RunState:
         self.saved: list[Path] = []  # by this run or the one it continues
         self.saved_at = time.monotonic()
         self.progress = Progress()
-        self.question = find_opening_question(train_data) if runtime.is_main else None
+        self.questions = find_opening_questions(train_data) if runtime.is_main else {}
         # What has to be the same for a run to continue.
         lengths = sampler.lengths
         self.identity = {
@@ -225,7 +229,7 @@ class RunState:
             vision_model=self.model.vision_encoder.name_or_path,
             stage="sft" if all(is_trainable) else "pretrain",
             data=self.config.data_path,
-            question=self.question,
+            **self.questions,
             step=self.progress.step,
             val_loss=self.progress.val_loss,
         )

@@ -12,11 +12,15 @@ from common.flags import parse_flags
 from dataset.clean.settings import Settings
 from dataset.packages import check_packages
 from dataset.rows import check_data_file
+from model.files import find_tokenizer
 
 
 def main() -> None:
     settings = parse_flags(Settings(), __doc__)
     check_data_file(settings.data)
+    # The command that is printed at the end names it.
+    if settings.tokenizer:
+        find_tokenizer(settings.tokenizer)
     check_packages("ftfy", "imagehash", "faiss", "scipy", "py3langid", "pyarrow")
     # This imports them, which takes a second.
     from dataset.clean.run import clean

@@ -89,6 +89,7 @@ def learn_to_see() -> None:
     print("\nExact answers about held-out scenes, % of questions\n")
     columns = [report[name] for name in IMAGES.values()]
     print_table(["right image", "wrong image", "no image"], ONE_IMAGE_ROWS, columns)
+    print('("overall" is without descriptions)')
     print(f"\nthe first picture again: {DATA / 'val_images/00000a.jpg'}")
     first = read_last_samples(OUT / "sft_vlm_128.log.jsonl")[0]
     print(f"  {first['question']} -> {first['given']}")
@@ -98,7 +99,7 @@ def learn_to_see() -> None:
     print("talk to it:     make web")
     print(
         f"or:             python eval_vlm.py --out_dir {OUT} --temperature 0 \\\n"
-        f"                    --image {DATA}/eval_images/00000a.jpg "
+        f"                    --image {DATA}/val_images/00000a.jpg "
         '--prompt "What color is the star?"'
     )
 

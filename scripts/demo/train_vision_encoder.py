@@ -173,7 +173,7 @@ def find_directions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(float[all answers, width], float[width]): a direction for each answer, and the background.
 
-    They are the ones nearest to what the encoder says already, at right angles to one another.
+    They are near to what the encoder says already, and close to right angles to one another.
     """
     # what it says now
     answers, features, backgrounds = [], [], []

@@ -21,6 +21,7 @@ from common.errors import UserError
 from dataset.mixture import open_data
 from inference import load_vlm
 from inference.chat import Chat
+from inference.config import EvalConfig
 from inference.evaluate import (
     PictureEncoder,
     Question,
@@ -30,6 +31,7 @@ from inference.evaluate import (
     measure_loss,
     shuffle_images,
 )
+from inference.paths import choose_weights
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -414,3 +416,14 @@ def test_the_web_page_answers_and_shows_errors(setup):
     roles = [message.name for message in page.chat_message]
     assert roles == ["user", "assistant"] * 2, "the conversation goes on"
     assert "no weights at" in open_page(*flags, "--dim", "128").error[0].value
+
+
+def test_without_weights_the_demos_are_pointed_to(tmp_path, monkeypatch):
+    """`python eval_vlm.py` after `make demo`, where no other weights are."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no weights at out/sft_vlm_512.pth: train them first"):
+        choose_weights(EvalConfig())
+    (tmp_path / "out/demo").mkdir(parents=True)
+    (tmp_path / "out/demo/sft_vlm_128.pth").touch()
+    with pytest.raises(UserError, match="pass --out_dir out/demo for the demo's"):
+        choose_weights(EvalConfig())

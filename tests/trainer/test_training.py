@@ -30,6 +30,7 @@ from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
 from trainer.image_encoder import ImageEncoder
 from trainer.loop import train
+from trainer.run_state import find_opening_questions
 from trainer.runtime import start_runtime
 from trainer.sampler import StepSampler
 
@@ -366,3 +367,17 @@ def test_a_cache_that_stops_filling_or_is_damaged_says_so(run, tmp_path):
     newest.write_bytes(stored)
     printed = run(feature_cache_gb=limit, epochs=1)
     assert "feature cache: 1 damaged entries; their images are encoded again" in printed
+
+
+def test_weights_know_what_their_rows_ask(rows_dir, processor):
+    """The most frequent opening question of rows with one image, and of those with two."""
+    dataset = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 512)
+    rows = [dataset.read(index) for index in range(len(dataset))]
+    for name, n_images in {"question": 1, "question_for_several": 2}.items():
+        asked = [
+            row["conversations"][0]["content"].replace("<image>\n", "")
+            for row, images in rows
+            if len(images) == n_images
+        ]
+        found = find_opening_questions(dataset)[name]
+        assert asked.count(found) == max(map(asked.count, asked))
