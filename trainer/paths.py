@@ -94,10 +94,13 @@ def find_start(config: TrainConfig) -> Path | None:
 
 
 def find_dim(config: TrainConfig) -> int:
-    """Width of the language model, as flags and the JSON beside the weights tell."""
+    """Width of the language model, as flags, the JSON beside the weights, or their name tell."""
     start = find_start(config)
-    sizes = read_info(start).get("config", {}) if start else {}
-    return config.dim or sizes.get("dim", DEFAULT_DIM)
+    if config.dim is not None or start is None:
+        return config.dim or DEFAULT_DIM
+    in_name = re.search(r"_(\d+)$", start.stem)
+    sizes = read_info(start).get("config", {})
+    return sizes.get("dim") or (int(in_name[1]) if in_name else DEFAULT_DIM)
 
 
 def find_parts(config: TrainConfig) -> tuple[Path | None, Path, Path]:

@@ -148,7 +148,7 @@ def running(*command: str, env: dict[str, str] | None = None) -> Iterator[psutil
     """A Python process that is ended with this block; what it prints is in WORK/printed.txt."""
     # Without what this process chose for itself, so that the training chooses.
     own = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    with open(WORK / "printed.txt", "w") as printed:
+    with open(WORK / "printed.txt", "a") as printed:
         process = psutil.Popen(
             [sys.executable, *command],
             cwd=ROOT,

@@ -20,7 +20,7 @@ from scripts.processes import as_flags, run_python
 WORK = runs.WORK / "quality"
 CURVES = Path("out/bench_quality.png")
 RECIPES = {"published": "tab:gray", "ours": "tab:blue"}  # and their colors
-# Those of the demo.
+# Those of the demo of 2026-11-24, which the figures of docs/results.md belong to.
 LEARNING_RATES = {"pretrain": "2e-3", "sft": "6e-4"}
 # Rows; the projector alone needs longer until its loss is steady.
 N_TRAIN = {"pretrain": 6400, "sft": 1600}
