@@ -79,7 +79,7 @@ def choose_weights(config: AskConfig) -> Path:
         )
     # what `make demo` has trained, or what is shipped
     for place in DEMO_FOLDERS:
-        if not path.is_file() and find_by_name(place, name, config.dim):
+        if find_by_name(place, name, config.dim):
             raise MissingFileError(
                 f"no weights at {path}: pass --out_dir {place} for the demo's, or fetch the "
                 "published ones with `python -m scripts.download weights-512`"

@@ -4,7 +4,6 @@ Rendered scenes, the small language model and vision encoder that the repository
 from the same start. Curves and validation losses are drawn to out/bench_quality.png.
 """
 
-import json
 import random
 import shutil
 import statistics
@@ -57,12 +56,9 @@ def select(rows: list[dict], recipe: str, stage: str) -> list[dict]:
 
 def write_rows(stage: str, seeds: list[int]) -> None:
     """WORK/STAGE: images/, val.jsonl, and for each seed train-SEED.jsonl in another order."""
-    folder, (name, images) = WORK / stage, FILES[stage]
-    write_scene_set(folder, {stage: 2 * (N_TRAIN[stage] + N_VAL)})
-    (folder / images).rename(folder / "images")
+    folder, name = WORK / stage, FILES[stage][0]
+    write_scene_set(folder, {stage: N_TRAIN[stage] + N_VAL})
     lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
-    # The published loader takes one image a row.
-    lines = [line for line in lines if "," not in json.loads(line)["image"]]
     (folder / "val.jsonl").write_text("".join(lines[:N_VAL]), encoding="utf-8")
     for seed in seeds:
         rows = lines[N_VAL : N_VAL + N_TRAIN[stage]]

@@ -97,11 +97,10 @@ def write_vision_model() -> None:
 
 def write_rows(args: Namespace, stage: str) -> None:
     """WORK/STAGE: rows.jsonl, and images/ that all differ, enough for an epoch of ours."""
-    folder, (name, images) = WORK / stage, FILES[stage]
+    folder, name = WORK / stage, FILES[stage][0]
     n_rows = choose_batch_size(args, stage) * args.steps
     if args.flickr8k is None:
         write_scene_set(folder, {stage: n_rows})
-        (folder / images).rename(folder / "images")
         (folder / name).rename(folder / "rows.jsonl")
         return
 
