@@ -213,6 +213,7 @@ def describe_answer(question: Question, images: str) -> dict:
         "question": question.turns[-1]["content"],
         "answer": question.answer,
         "given": question.given[images],
+        "is_right": question.is_right(images),
         "images": [str(image) for image in question.images],
     }
 

@@ -34,6 +34,10 @@ class Question:
     # The model's answers, by the images it was shown: "right", "wrong" or "none".
     given: dict[str, str] = field(default_factory=dict)
 
+    def is_right(self, images: str) -> bool:
+        """Whether the answer given with these images is exactly right, see `simplify_answer`."""
+        return simplify_answer(self.given[images]) == simplify_answer(self.answer)
+
 
 class PictureEncoder:
     """Features of pictures; a picture is encoded once, however often it is asked about.
@@ -221,8 +225,7 @@ def measure_accuracy(questions: list[Question], images: str = "right") -> dict[s
     """
     by_type = defaultdict(list)
     for question in questions:
-        is_right = simplify_answer(question.given[images]) == simplify_answer(question.answer)
-        by_type[question.type].append(is_right)
+        by_type[question.type].append(question.is_right(images))
     # Each question counts once, whatever its type.
     overall = [is_right for group in by_type.values() for is_right in group]
     groups = {"overall": overall}

@@ -30,7 +30,7 @@ def draw_answers(answers: list[dict], path: Path) -> None:
 
         # the question above it, the answer below, and what is right if that is something else
         question = answer["question"].removeprefix("<image>").strip()
-        is_right = answer["given"] == answer["answer"]
+        is_right = answer["is_right"]
         said = _wrap(answer["given"])
         if not is_right:
             said += "\n" + _wrap(f"right: {answer['answer']}")
@@ -46,8 +46,8 @@ def choose_answers(answers: list[dict], n: int) -> list[dict]:
     Matplotlib's own font has no Chinese characters.
     """
     english = [answer for answer in answers if answer["question"].isascii()]
-    right = [answer for answer in english if answer["given"] == answer["answer"]]
-    wrong = [answer for answer in english if answer["given"] != answer["answer"]]
+    right = [answer for answer in english if answer["is_right"]]
+    wrong = [answer for answer in english if not answer["is_right"]]
     # At least one wrong answer, if there is any: what fails is worth seeing.
     n_wrong = min(len(wrong), max(1, round(n * len(wrong) / max(1, len(english)))))
     return right[: n - n_wrong] + wrong[:n_wrong]
