@@ -33,8 +33,10 @@ def run_notebook(notebook, folder: Path = SOURCE.parent) -> list[float]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    # tqdm asks for a package that only draws its bars in another way.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    # Figures go into the notebook, whatever is set here; tqdm asks for a package that only draws
+    # its bars in another way.
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    env.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     client = NotebookClient(
         notebook,
         timeout=CELL_SECONDS,
@@ -47,7 +49,7 @@ def run_notebook(notebook, folder: Path = SOURCE.parent) -> list[float]:
     starts = []
     client.on_cell_start = lambda **_: starts.append(time.perf_counter())
     try:
-        client.execute()
+        client.execute(env=env)
     except CellExecutionError as error:
         raise UserError(f"{SOURCE.name} fails: {error}") from error
     starts.append(time.perf_counter())
