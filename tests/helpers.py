@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,6 +92,20 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     return path
+
+
+def rows_with_damaged_pictures(images: Path, n_rows: int, damaged: Container[int]) -> list[dict]:
+    """Rows of one picture each, which are written to a new folder; some files are cut off."""
+    images.mkdir()
+    rows = []
+    for index in range(n_rows):
+        path = images / f"{index}.jpg"
+        picture(index).save(path)
+        if index in damaged:
+            path.write_bytes(path.read_bytes()[:150])
+        turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
+        rows.append({"conversations": turns, "image": path.name})
+    return rows
 
 
 class WarmScript:

@@ -15,8 +15,8 @@ from torch import nn
 from common.errors import BadSampleError
 from model.files import ROOT
 from model.image import load_image
-from model.processing import IMAGE_TAG, check_conversation
 from trainer.config import TrainConfig
+from trainer.glance import glance, spread
 from trainer.paths import find_init_weights
 from trainer.run_state import RunState
 
@@ -112,9 +112,9 @@ def is_demo_encoder(folder: str) -> bool:
 def read_pictures(train_data) -> list[Image.Image]:
     """The first picture of some rows spread over the set; what cannot be read is left out."""
     pictures = []
-    for index in np.linspace(0, len(train_data) - 1, ROWS_LOOKED_AT).astype(int).tolist():
+    for _, images in glance(train_data, spread(train_data, ROWS_LOOKED_AT)):
         try:
-            pictures += [load_image(image) for image in train_data.read(index)[1][:1]]
+            pictures.append(load_image(images[0]))
         except BadSampleError:
             continue
     return pictures
@@ -147,22 +147,13 @@ def write_ask_command(weights: Path, data) -> str:
         data: a VLMDataset or MixedDataset. The picture is called PICTURE if it has no file of its
             own (in a .zip or a Parquet file).
     """
-    pictures, question = ["PICTURE"], "What is this?"
-    for index in range(min(len(data), ROWS_LOOKED_AT)):
-        try:
-            row, images = data.read(index)
-            turns = check_conversation(row["conversations"])
-        except BadSampleError:
-            continue
-        if images:
-            if all(isinstance(image, Path) for image in images):
-                here = Path.cwd()
-                pictures = [
-                    str(image.relative_to(here) if image.is_relative_to(here) else image)
-                    for image in images
-                ]
-            asked = next(content for role, content in turns if role == "user")
-            question = asked.replace(IMAGE_TAG, "").strip() or question
-            break
-    flags = ["--weights", str(weights), "--image", *pictures, "--prompt", question]
+    question, images = next(glance(data, range(min(len(data), ROWS_LOOKED_AT))), ("", []))
+    pictures, prompt = ["PICTURE"], question or "What is this?"
+    if images and all(isinstance(image, Path) for image in images):
+        here = Path.cwd()
+        pictures = [
+            str(image.relative_to(here) if image.is_relative_to(here) else image)
+            for image in images
+        ]
+    flags = ["--weights", str(weights), "--image", *pictures, "--prompt", prompt]
     return shlex.join(["python", "eval_vlm.py", *flags, "--temperature", "0"])

@@ -7,16 +7,13 @@ states to keep: the order of the data follows from seed and epoch.
 import math
 import time
 import zlib
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from common.errors import BadSampleError, UserError
+from common.errors import UserError
 from model.model_vlm import MiniMindVLM
-from model.processing import IMAGE_TAG, check_conversation
 from model.weights import (
     describe_config,
     load_weights,
@@ -27,12 +24,12 @@ from model.weights import (
     select_weights,
 )
 from trainer.config import TrainConfig
+from trainer.glance import find_opening_questions
 from trainer.paths import find_init_weights, list_run_states, run_paths
 from trainer.runtime import Runtime
 from trainer.sampler import StepSampler
 
 SAVE_SECONDS = 60  # between saves, by default
-ROWS_LOOKED_AT = 500  # for the question that opens most of them
 
 
 @dataclass
@@ -42,27 +39,6 @@ class Progress:
     step: int = 0  # optimizer steps done
     val_loss: float | None = None  # the last one measured
     best_val_loss: float = math.inf
-
-
-def find_opening_questions(train_data) -> dict[str, str | None]:
-    """The questions that open most rows with one image ("question"), and with several.
-
-    They are what eval_vlm.py asks if it is given no question.
-    """
-    questions = {"question": Counter(), "question_for_several": Counter()}
-    looked_at = np.linspace(0, len(train_data) - 1, min(len(train_data), ROWS_LOOKED_AT))
-    for index in looked_at.astype(int).tolist():
-        try:
-            row, images = train_data.read(index)
-            turns = check_conversation(row["conversations"]) if images else []
-        except BadSampleError:
-            continue
-        opening = next((content for role, content in turns if role == "user"), "")
-        name = "question" if len(images) == 1 else "question_for_several"
-        questions[name][opening.replace(IMAGE_TAG, "").strip()] += 1
-    for counts in questions.values():
-        counts.pop("", None)
-    return {name: max(counts, key=counts.get, default=None) for name, counts in questions.items()}
 
 
 class RunState:

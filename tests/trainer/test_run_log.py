@@ -11,7 +11,7 @@ from common.errors import UserError
 from inference import load_vlm
 from inference.load import VLM
 from scripts.processes import as_flags
-from tests.helpers import picture, read_log, run_script, small_model, write_rows
+from tests.helpers import read_log, rows_with_damaged_pictures, run_script, small_model, write_rows
 from trainer import run_log
 from trainer.build import build_model
 from trainer.config import TrainConfig
@@ -215,15 +215,7 @@ def test_drawing_takes_a_hundredth_of_the_time(monkeypatch, tmp_path):
 
 
 def test_a_row_that_cannot_be_read_gives_its_place_to_the_next(options, tmp_path):
-    (tmp_path / "images").mkdir()
-    rows = []
-    for index in range(6):
-        path = tmp_path / "images" / f"{index}.png"
-        picture(index).save(path)
-        if index in (0, 2, 3):
-            path.write_bytes(path.read_bytes()[:150])
-        turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
-        rows.append({"conversations": turns, "image": path.name})
+    rows = rows_with_damaged_pictures(tmp_path / "images", 6, damaged=(0, 2, 3))
     data = write_rows(tmp_path / "rows.jsonl", rows)
     changes = dict(val_data=data, val_images=tmp_path / "images", out_dir=tmp_path, max_steps=1)
     finished = run_script("train_sft_vlm.py", *as_flags(**(options | changes)))

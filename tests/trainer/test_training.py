@@ -17,6 +17,7 @@ from tests.helpers import (
     free_port,
     picture,
     read_log,
+    rows_with_damaged_pictures,
     run_cold,
     run_script,
     small_model,
@@ -28,9 +29,9 @@ from trainer.build import build_model, set_trainable
 from trainer.collate import make_loader
 from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
+from trainer.glance import find_opening_questions
 from trainer.image_encoder import ImageEncoder
 from trainer.loop import train
-from trainer.run_state import find_opening_questions
 from trainer.runtime import start_runtime
 from trainer.sampler import StepSampler
 
@@ -278,15 +279,7 @@ def test_ctrl_c_while_packages_are_imported_ends_in_one_line(options, tmp_path):
 
 
 def test_bad_pictures_cost_their_rows_and_no_more(run, tmp_path):
-    (tmp_path / "images").mkdir()
-    rows = []
-    for index in range(12):
-        path = tmp_path / "images" / f"{index}.jpg"
-        picture(index).save(path)
-        if index < 4:
-            path.write_bytes(path.read_bytes()[:150])
-        turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
-        rows.append({"conversations": turns, "image": path.name})
+    rows = rows_with_damaged_pictures(tmp_path / "images", 12, damaged=range(4))
     rows.append({"conversations": [], "image": "0.jpg"})
     data = write_rows(tmp_path / "rows.jsonl", rows)
     changes = dict(epochs=1, batch_size=1, num_workers=2)
