@@ -85,7 +85,8 @@ class KVCache:
     ):
         # One block of memory: growing it token by token would copy all of it each time.
         shape = (config.n_layers, 2, batch_size, config.n_kv_heads, max_length, config.head_dim)
-        store = torch.empty(shape, device=device, dtype=dtype)
+        # Zeros, since a masked position still counts as 0 * value, and memory may hold NaN.
+        store = torch.zeros(shape, device=device, dtype=dtype)
         # of each layer: keys and values (B, n_kv_heads, max_length, head_dim)
         self.layers = [layer.unbind(0) for layer in store]
         self.max_length = max_length

@@ -69,7 +69,12 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, help="samples in a batch; as published if not given")
     add("--steps", type=int, default=6, help="steps of an epoch of ours (default: 6)")
     add("--published_steps", type=int, default=4, help="steps of the published one (default: 4)")
-    add("--warm_up", type=int, default=1, help="first steps of ours not counted (default: 1)")
+    add(
+        "--warm_up",
+        type=int,
+        default=1,
+        help="first log lines of ours not counted: steps, on a GPU tens of steps (default: 1)",
+    )
     add("--seeds", type=int, default=3, help="runs of each recipe for quality (default: 3)")
     add(
         "--flags",

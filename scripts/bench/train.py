@@ -149,13 +149,14 @@ def measure_ours(args: Namespace, stage: str, dim: int) -> list[dict]:
     """
     # train
     out_dir = WORK / f"out_{stage}_{dim}"
+    is_gpu = args.device != "cpu"
     flags = as_flags(
         dtype=args.dtype,
         init_weights="none",
         out_dir=out_dir,
         save_name="bench",
         epochs=2,
-        log_interval=1,
+        log_interval=10 if is_gpu else 1,  # a GPU waits at each line
         save_interval=1000,
     )
     command = [TRAIN_SCRIPTS[stage], *list_flags(args, stage, dim), *flags, *args.flags]
@@ -167,7 +168,7 @@ def measure_ours(args: Namespace, stage: str, dim: int) -> list[dict]:
     rows = []
     for number, epoch in ((1, "first"), (2, "cached")):
         steps = [step for step in read_log(log, "train") if step["epoch"] == number][args.warm_up :]
-        # Seconds of an image; steps are of equal size.
+        # Seconds of an image; lines are of steps of equal size.
         seconds = [1 / step["images_per_second"] for step in steps]
         row = {"recipe": "ours", "epoch": epoch, "images_per_second": len(seconds) / sum(seconds)}
         for name in MEANS:
