@@ -40,6 +40,8 @@ __all__ = [
 
 # Where an image belongs in the text of a user turn.
 IMAGE_TAG = "<image>"
+# All pieces of the chat format.
+FORMAT = ("<s>system\n", "<s>user\n", "<s>assistant\n", "</s>", "\n")
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}
 
 
@@ -158,7 +160,11 @@ class VLMProcessor:
         self.image_token_id = config.image_token_id
         self.image_ids = list(config.image_ids)
         self._special_tokens = tokenizer.all_special_tokens
-        self._format_ids: dict[str, list[int]] = {}
+        # Encoded once and before any text: a tokenizer that is shared by several threads has one
+        # setting of whether "<s>" is a special token.
+        self._format_ids = {
+            piece: tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in FORMAT
+        }
         # The chat template puts its own system turn before a conversation that has none.
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
         system_turn = rendered.split("<s>user\n")[0]
@@ -205,7 +211,7 @@ class VLMProcessor:
         """
         turns, _ = match_image_tags(check_conversation(conversations, blank_answers=True), n_images)
         input_ids, _ = self.encode_turns(turns)
-        return torch.tensor([input_ids + self._encode_format("<s>assistant\n")])
+        return torch.tensor([input_ids + self._format_ids["<s>assistant\n"]])
 
     def preprocess(self, images: list) -> torch.Tensor:
         """float32[k, 3, H, W] of k pictures (or what `load_image` takes), as CLIP wants them."""
@@ -237,28 +243,40 @@ class VLMProcessor:
 
         for role, content in turns:
             is_answer = role == "assistant"
-            add(self._encode_format(f"<s>{role}\n"))
+            add(self._format_ids[f"<s>{role}\n"])
             if role == "user":
                 add(self._encode_question(content))
             else:
-                add(self._encode_content(content), is_answer)
-            add(self._encode_format("</s>"), is_answer)
-            add(self._encode_format("\n"))
+                add(self.encode_content(content), is_answer)
+            add(self._format_ids["</s>"], is_answer)
+            add(self._format_ids["\n"])
         return input_ids, labels
 
-    def _encode_format(self, text: str) -> list[int]:
-        """Ids of a piece of the chat format, such as "<s>user\\n"; each is encoded once."""
-        if text not in self._format_ids:
-            self._format_ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._format_ids[text]
+    def encode_content(self, text: str) -> list[int]:
+        """Ids of what somebody wrote, whatever the role: it can pose neither as format nor image.
 
-    def _encode_content(self, text: str) -> list[int]:
-        """Ids of what somebody wrote: a "</s>" in it is four characters and cannot end a turn."""
+        A "</s>" in it is four characters and cannot end a turn. A run of '@' as long as an image's
+        is broken by a line break, or it would be one.
+        """
+        # no special token
         if any(token in text for token in self._special_tokens):
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            return encoded["input_ids"]
-        # The same ids, ten times as fast.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            tokens = encoded["input_ids"]
+        else:
+            # The same ids, ten times as fast.
+            tokens = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+        # no run of an image's length
+        if tokens.count(self.image_token_id) < len(self.image_ids):
+            return tokens
+        n_run, broken = 0, []
+        for token in tokens:
+            n_run = n_run + 1 if token == self.image_token_id else 0
+            if n_run == len(self.image_ids):
+                broken += self._format_ids["\n"]
+                n_run = 1
+            broken.append(token)
+        return broken
 
     def _encode_question(self, content: str) -> list[int]:
         """Ids of a user turn, with the image tokens of an image for every `<image>`.
@@ -266,11 +284,11 @@ class VLMProcessor:
         The model tells an image from the text's own '@' by the length of the run. So a line break
         keeps an '@' of the text away from the image tokens.
         """
-        line_break = self._encode_format("\n")
+        line_break = self._format_ids["\n"]
         tokens = []
         pieces = content.split(IMAGE_TAG)
         for index, piece in enumerate(pieces):
-            piece_tokens = self._break_long_runs(self._encode_content(piece))
+            piece_tokens = self.encode_content(piece)
             if index > 0:
                 tokens += self.image_ids
                 if piece_tokens[:1] == [self.image_token_id]:
@@ -279,17 +297,6 @@ class VLMProcessor:
             if index < len(pieces) - 1 and piece_tokens[-1:] == [self.image_token_id]:
                 tokens += line_break
         return tokens
-
-    def _break_long_runs(self, tokens: list[int]) -> list[int]:
-        """Break a run of '@' in the text that is as long as an image's, or it would be one."""
-        n_run, broken = 0, []
-        for token in tokens:
-            n_run = n_run + 1 if token == self.image_token_id else 0
-            if n_run == len(self.image_ids):
-                broken += self._encode_format("\n")
-                n_run = 1
-            broken.append(token)
-        return broken
 
     def _cut(self, input_ids: list[int], max_length: int) -> tuple[int, int]:
         """(tokens, images) left after cutting at `max_length`, before an image that is too long."""
