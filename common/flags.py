@@ -1,28 +1,41 @@
 """Command-line flags made from a typed dataclass: an option is documented where it is typed.
 
 The field's name is the flag's name, its type says how the value is read, and `option` adds the
-rest: what it means, its least value, other names. `parse_flags` reads a command line into a copy
-of the dataclass; `list_flags` gives the same facts to the documentation. Flags of the published
-scripts that have no field here are listed in the class as `published`, see PublishedFlag.
+rest: what it means, its bounds, other names. `parse_flags` reads a command line into a copy of the
+dataclass; `list_flags` gives the same facts to the documentation. Flags of the published scripts
+that have no field here are listed in the class as `published`, see PublishedFlag.
 """
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from common.errors import UserError
 
 Options = TypeVar("Options")
+MOST_SEED = 2**63 - 1  # that every generator takes
 
 
 def option(
     default: Any,
     help: str,
-    least: float | None = None,
+    least: float = -math.inf,
+    most: float = math.inf,
     aliases: tuple[str, ...] = (),
     group: str = "",
     positional: bool = False,
@@ -33,11 +46,14 @@ def option(
         default: its value if not given; a list is copied for each object.
         help: what it is, its unit, and what happens if it is not given.
         least: the smallest number allowed.
+        most: the largest number allowed: beyond it a run would fill memory until it is killed.
         aliases: other names of the flag, such as "--data".
         group: title of the flags that begin with this one.
         positional: given by its place, without a name.
     """
-    facts = dict(help=help, least=least, aliases=aliases, group=group, positional=positional)
+    facts = dict(
+        help=help, least=least, most=most, aliases=aliases, group=group, positional=positional
+    )
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
     return dataclasses.field(default=default, metadata=facts)
@@ -91,7 +107,7 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
     The options check themselves when the copy is made, see `check_options`.
     """
     # the options of the class, and what was called otherwise in the published scripts
-    parser = argparse.ArgumentParser(program_name(), description=description.splitlines()[0])
+    parser = Parser(program_name(), description=description.splitlines()[0])
     types = get_type_hints(type(defaults))
     group = parser
     for flag, field in zip(list_flags(defaults), dataclasses.fields(defaults)):
@@ -117,6 +133,13 @@ def parse_flags(defaults: Options, description: str, arguments: list[str] | None
         if flag.names[0] in given:
             options |= _read_published(flag, given.pop(flag.names[0]))
     return dataclasses.replace(defaults, **options | given)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what it cannot read is a UserError: one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
 
 def list_published(defaults: Any) -> tuple[PublishedFlag, ...]:
@@ -156,31 +179,41 @@ def _escape(help: str) -> str:
 
 
 def _how_to_read(type_: Any, name: str) -> dict[str, Any]:
-    """What argparse has to know about a field's type."""
+    """What argparse has to know about a field's type; `check_options` does the rest."""
     if type_ is bool:
         return {"action": "store_true"}
+    words = _allowed_values(type_)
+    kinds = [kind for kind in _members(type_) if kind in _READERS]
+    metavar = name.upper() if kinds else f"{{{','.join(map(str, words))}}}"
+    read_other = _READERS[kinds[0] if kinds else type(words[0])]
+
+    def read(text: str) -> Any:
+        """One of the words, such as "auto", or a value of the type."""
+        return text if text in words else read_other(text)
+
+    how = {"type": read, "metavar": metavar}
     if get_origin(type_) is list:
         # --image a.jpg b.jpg and --image a.jpg --image b.jpg are the same.
-        several = {"action": "extend", "nargs": "+"}
-        words = _allowed_values(type_)
-        if words:
-            return several | {"choices": words}
-        return several | {"type": get_args(type_)[0], "metavar": name.upper()}
-    choices = _allowed_values(type_)
-    kinds = [kind for kind in _members(type_) if kind in (int, float, str)]
-    if "yes" in choices:
-        # The flag alone means yes.
-        return {"choices": choices, "nargs": "?", "const": "yes"}
-    if not kinds:
-        return {"choices": choices}
-    if not choices:
-        return {"type": kinds[0], "metavar": name.upper()}
+        return how | {"action": "extend", "nargs": "+"}
+    # --resume alone means yes.
+    return how | ({"nargs": "?", "const": "yes"} if "yes" in words else {})
 
-    def number_or_word(text: str) -> Any:
-        """A number, or one of a few words: "auto"."""
-        return text if text in choices else kinds[0](text)
 
-    return {"type": number_or_word, "metavar": name.upper()}
+def read_whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number") from None
+
+
+def read_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no number") from None
+
+
+_READERS = {int: read_whole_number, float: read_number, str: str}
 
 
 def _members(type_: Any) -> tuple:
@@ -188,22 +221,35 @@ def _members(type_: Any) -> tuple:
     return get_args(type_) if get_origin(type_) in (Union, UnionType, list) else (type_,)
 
 
-def _allowed_values(type_: Any) -> list[str]:
-    """The words that a Literal allows."""
+def _allowed_values(type_: Any) -> list:
+    """The words, or numbers, that a Literal allows."""
     literals = [kind for kind in _members(type_) if get_origin(kind) is Literal]
     return [word for literal in literals for word in get_args(literal)]
 
 
 def check_options(options: Any) -> None:
-    """UserError for a number under its least value, or a word that is not among those allowed."""
+    """UserError for a number out of its bounds, or a word that is not among those allowed."""
     types = get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        value, least = getattr(options, field.name), field.metadata["least"]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Written so that nan is refused too.
-        if least is not None and is_number and not value >= least:
-            raise UserError(f"--{field.name} is {value}: it has to be at least {least}")
+        value, facts = getattr(options, field.name), field.metadata
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(f"--{field.name}", value, facts["least"], facts["most"])
         words = _allowed_values(types[field.name])
+        others = tuple(kind for kind in _members(types[field.name]) if isinstance(kind, type))
         for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and words and word not in words:
-                raise UserError(f"--{field.name} is {word}: choose from {', '.join(words)}")
+            if words and word not in words and not isinstance(word, others):
+                choices = ", ".join(map(str, words))
+                raise UserError(f"--{field.name} is {word!s:.60}: choose from {choices}")
+
+
+def check_number(name: str, value: float, least: float, most: float) -> None:
+    """UserError unless the number is within its bounds; nan and inf never are."""
+    # Written so that nan is refused too.
+    if least <= value <= most and abs(value) != math.inf:
+        return
+    bounds = [f"at least {least:,}", f"at most {most:,}"]
+    bounds = [words for words, bound in zip(bounds, (least, most)) if abs(bound) != math.inf]
+    if len(bounds) == 2:
+        bounds = [f"from {least:,} to {most:,}"]
+    # Digits without end would fill the screen.
+    raise UserError(f"{name} is {value!s:.40}: it has to be {bounds[0] if bounds else 'finite'}")

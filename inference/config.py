@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
 from common.flags import NO_MOE, PublishedFlag, check_options, option
-from model.files import TOKENIZER_PATH, VISION_MODEL_PATH, WEIGHTS_NAMES
+from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
 
 DTYPES = ("float32", "float16", "int8")
 IMAGE_CHOICES = ("right", "wrong", "none")
@@ -28,27 +28,26 @@ class AskConfig:
         "--load, --out_dir and --model_mode name it",
         group="model",
     )
-    load: int = option(
-        0, "0: the file OUT_DIR/NAME_DIM.pth; 1: the directory --transformers_dir", least=0
+    load: Literal[0, 1] = option(
+        0, "0: the file OUT_DIR/NAME_DIM.pth; 1: the directory --transformers_dir"
     )
-    model_mode: int = option(
-        1,
-        "NAME of that file; 0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi (several images)",
-        least=0,
+    model_mode: Literal[0, 1, 2] = option(
+        1, "NAME of that file; 0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi (several images)"
     )
     out_dir: str = option("out", "folder of that file")
     transformers_dir: str = option("MiniMind2-V", "directory that --load 1 reads")
     dim: int | None = option(
-        None, "width of the language model; read off the weights if not given", least=2
+        None, "width of the language model; read off the weights if not given", least=2, most=16_384
     )
     n_layers: int | None = option(
-        None, "number of transformer layers; read off the weights if not given", least=1
+        None, "number of transformer layers; read off the weights if not given", least=1, most=256
     )
     max_seq_len: int | None = option(
         None,
         "most tokens of prompt and answer together, 196 for each image; that of the model if not "
         "given",
         least=1,
+        most=131_072,
     )
     tokenizer: str | None = option(
         None,
@@ -73,23 +72,20 @@ class AskConfig:
         0.65,
         "0 takes the likeliest token; larger numbers give rarer ones a chance",
         least=0,
+        most=100,
         group="answers",
     )
     top_p: float = option(
         0.85,
         "choose from the likeliest tokens that hold this probability together; 1 takes all",
         least=0,
+        most=1,
     )
-    max_new_tokens: int = option(512, "longest answer, in tokens", least=1)
+    max_new_tokens: int = option(512, "longest answer, in tokens", least=1, most=131_072)
 
     def __post_init__(self):
         check_options(self)
-        if self.load > 1:
-            raise UserError(f"--load is {self.load}: choose from 0, 1")
-        if self.model_mode not in WEIGHTS_NAMES:
-            modes = ", ".join(map(str, WEIGHTS_NAMES))
-            raise UserError(f"--model_mode is {self.model_mode}: choose from {modes}")
-        if not 0 < self.top_p <= 1:
+        if self.top_p == 0:
             raise UserError(f"--top_p is {self.top_p}: it has to be above 0 and at most 1")
 
     @property
@@ -141,7 +137,9 @@ class EvalConfig(AskConfig):
         "ask each question of --data with its images, with those of another row, or with none; "
         "several are measured in one go",
     )
-    batch_size: int = option(32, "questions of --data that are answered together", least=1)
+    batch_size: int = option(
+        32, "questions of --data that are answered together", least=1, most=4096
+    )
     save_report: str | None = option(
         None, "write scores and answers of --data to this JSON file; no file if not given"
     )
@@ -151,4 +149,4 @@ class EvalConfig(AskConfig):
 class WebConfig(AskConfig):
     """Options of web_demo_vlm.py; the page begins with these for an answer, and can change them."""
 
-    port: int = option(8000, "port on this machine", least=1, group="page")
+    port: int = option(8000, "port on this machine", least=1, most=65_535, group="page")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.flags import NO_MOE, PublishedFlag, check_options, option
+from common.flags import MOST_SEED, NO_MOE, PublishedFlag, check_options, option
 from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
+
+MOST_STEPS = 1_000_000_000  # optimizer steps
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class TrainConfig:
         "optimizer steps between validations; once at the end of each epoch if not given; a new "
         "run starts with one",
         least=1,
+        most=MOST_STEPS,
     )
-    max_seq_len: int = option(640, "tokens at which a sample is cut off", least=1)
+    max_seq_len: int = option(640, "tokens at which a sample is cut off", least=1, most=131_072)
     num_workers: int | None = option(
-        None, "processes that read data; 8 on a GPU and 0 on a CPU if not given", least=0
+        None, "processes that read data; 8 on a GPU and 0 on a CPU if not given", least=0, most=256
     )
 
     # Which network, and from where it starts.
@@ -60,6 +63,7 @@ class TrainConfig:
         "width of the language model; if not given, that of --init_weights, or that of "
         "model/LMConfig.py",
         least=2,
+        most=16_384,
         group="model",
     )
     n_layers: int | None = option(
@@ -67,6 +71,7 @@ class TrainConfig:
         "number of transformer layers; if not given, that of --init_weights, or that "
         "of model/LMConfig.py (the published 768 wide model has 16)",
         least=1,
+        most=256,
     )
     tokenizer: str | None = option(
         None, f"folder of the tokenizer; if not given, that of --init_weights, or {TOKENIZER_PATH}"
@@ -89,7 +94,7 @@ class TrainConfig:
         group="speed",
     )
     feature_cache_gb: float = option(
-        20, "largest size of that cache, in GB; 0 turns it off", least=0
+        20, "largest size of that cache, in GB; 0 turns it off", least=0, most=1_000_000
     )
     compile: bool = option(
         False,
@@ -101,41 +106,52 @@ class TrainConfig:
     )
 
     # How it learns.
-    epochs: int = option(1, "passes over the data", least=1, group="optimization")
+    epochs: int = option(1, "passes over the data", least=1, most=1_000_000, group="optimization")
     batch_size: int | Literal["auto"] = option(
         16,
         "samples in a batch, on each device; 'auto' takes the largest that fits into memory and "
         "reaches --auto_step_size by accumulation",
         least=1,
+        most=4096,
     )
     auto_step_size: int = option(
         16,
         "with --batch_size auto: samples of an optimizer step on each device, times "
         "accumulation_steps",
         least=1,
+        most=4096,
     )
     memory_gb: float | None = option(
         None,
         "with --batch_size auto: memory to use, in GB; 80 % of what is free if not given",
         least=0,
+        most=1_000_000,
     )
-    accumulation_steps: int = option(1, "batches whose gradients make one optimizer step", least=1)
+    accumulation_steps: int = option(
+        1, "batches whose gradients make one optimizer step", least=1, most=4096
+    )
     learning_rate: float = option(
         4e-4,
         "base of the learning rate, which falls along a cosine from 1.1 times to 0.1 times this "
         "number, as published",
         least=0,
+        most=1000,
     )
     warmup_iters: int = option(
-        0, "optimizer steps over which the learning rate rises from 0", least=0
+        0, "optimizer steps over which the learning rate rises from 0", least=0, most=MOST_STEPS
     )
     grad_clip: float = option(
-        1.0, "largest norm of the gradient; a longer one is scaled down", least=0
+        1.0, "largest norm of the gradient; a longer one is scaled down", least=0, most=1_000_000
     )
     max_steps: int | None = option(
-        None, "optimizer steps after which to stop; all epochs if not given", least=1
+        None,
+        "optimizer steps after which to stop; all epochs if not given",
+        least=1,
+        most=MOST_STEPS,
     )
-    seed: int = option(1337, "seed of random weights and of the order of the data", least=0)
+    seed: int = option(
+        1337, "seed of random weights and of the order of the data", least=0, most=MOST_SEED
+    )
 
     # Where it runs.
     device: str | None = option(
@@ -151,9 +167,11 @@ class TrainConfig:
     # What it leaves.
     out_dir: str = option("out", "folder of weights, logs and curves", group="output")
     save_name: str = option("train", "weights go to OUT_DIR/SAVE_NAME_DIM.pth")
-    log_interval: int = option(10, "optimizer steps between lines of the log", least=1)
+    log_interval: int = option(
+        10, "optimizer steps between lines of the log", least=1, most=MOST_STEPS
+    )
     save_interval: int | None = option(
-        None, "optimizer steps between saves; once a minute if not given", least=1
+        None, "optimizer steps between saves; once a minute if not given", least=1, most=MOST_STEPS
     )
     resume: Literal["yes", "auto"] | None = option(
         None,
@@ -161,7 +179,11 @@ class TrainConfig:
         "run where there is none",
     )
     keep_run_states: int = option(
-        1, "run states to keep; older ones are removed", least=1, aliases=("--keep_checkpoints",)
+        1,
+        "run states to keep; older ones are removed",
+        least=1,
+        most=1_000_000,
+        aliases=("--keep_checkpoints",),
     )
     use_wandb: bool = option(
         False, "log to Weights & Biases too (WANDB_MODE=offline needs no account)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
-from common.flags import check_options, option
+from common.flags import MOST_SEED, check_options, option
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,36 @@ class Settings:
     out: str = option("", "new folder for the cleaned set", positional=True)
     images: str | None = option(None, "folder or .zip of the pictures that a .jsonl names")
     format: Literal["jsonl", "parquet"] = option("jsonl", "format of the cleaned set")
-    size: int = option(128, "pixels a side that pictures get; 0 leaves them as they are", least=0)
-    min_answer: int = option(2, "least characters of a row's answers together", least=0)
-    max_answer: int = option(4000, "most characters of a row's answers together", least=1)
-    min_side: int = option(32, "least pixels of a picture's shorter side", least=1)
-    max_aspect: float = option(5.0, "largest ratio of a picture's longer to shorter side", least=1)
+    size: int = option(
+        128, "pixels a side that pictures get; 0 leaves them as they are", least=0, most=4096
+    )
+    min_answer: int = option(
+        2, "least characters of a row's answers together", least=0, most=1_000_000
+    )
+    max_answer: int = option(
+        4000, "most characters of a row's answers together", least=1, most=1_000_000
+    )
+    min_side: int = option(32, "least pixels of a picture's shorter side", least=1, most=1_000_000)
+    max_aspect: float = option(
+        5.0, "largest ratio of a picture's longer to shorter side", least=1, most=1_000_000
+    )
     languages: list[str] = option([], "languages of the answers, such as en zh; any if not given")
     keep_duplicates: bool = option(False, "keep copies and near copies of other pictures")
     keep_repeats: bool = option(False, "keep rows whose answers repeat those of an earlier row")
-    max_repeats: int = option(100, "rows that stay of those with the same short answer", least=1)
+    max_repeats: int = option(
+        100, "rows that stay of those with the same short answer", least=1, most=1_000_000_000
+    )
     val_share: float | None = option(
         None,
         "share of the rows for validation, up to 0.5; if not given, 0.01, but of a small set 0.1 "
         "up to 100 rows, and at least 10 rows up to a fifth of the set",
         least=0,
+        most=0.5,
     )
-    seed: int = option(0, "seed of the choice of validation rows", least=0)
-    processes: int = option(os.cpu_count() or 1, "processes that work at the same time", least=1)
+    seed: int = option(0, "seed of the choice of validation rows", least=0, most=MOST_SEED)
+    processes: int = option(
+        os.cpu_count() or 1, "processes that work at the same time", least=1, most=1024
+    )
 
     # What the training command that is printed at the end says; cleaning does not use it.
     tokenizer: str | None = option(
@@ -43,14 +56,14 @@ class Settings:
         group="training command, printed at the end",
     )
     max_seq_len: int | None = option(
-        None, "its tokens at which a sample is cut off; its default if not given", least=1
+        None,
+        "its tokens at which a sample is cut off; its default if not given",
+        least=1,
+        most=131_072,
     )
 
     def __post_init__(self):
         check_options(self)
-        for name, most in (("size", 4096), ("val_share", 0.5), ("processes", 1024)):
-            if (getattr(self, name) or 0) > most:
-                raise UserError(f"--{name} is {getattr(self, name)}: it can be at most {most}")
         for code in self.languages:
             if not re.fullmatch("[a-z]{2,3}", code):
                 raise UserError(f"--languages {code}: give codes such as en zh")

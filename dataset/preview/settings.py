@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.flags import check_options, option
+from common.flags import MOST_SEED, check_options, option
 from dataset.next_command import DEMO_TOKENIZER
 from model.files import TOKENIZER_PATH
 
@@ -26,12 +26,15 @@ class Settings:
         f"folder of the tokenizer; if not given, {TOKENIZER_PATH}, or {DEMO_TOKENIZER} if that is "
         "not there",
     )
-    max_seq_len: int = option(MAX_SEQ_LEN, "tokens a row is cut at", least=1)
+    max_seq_len: int = option(MAX_SEQ_LEN, "tokens a row is cut at", least=1, most=131_072)
     n_image_tokens: int | None = option(
-        None, "tokens of an image; if not given, as many as the published models have", least=1
+        None,
+        "tokens of an image; if not given, as many as the published models have",
+        least=1,
+        most=131_072,
     )
-    samples: int = option(8, "rows on the contact sheet; 0: no sheet", least=0)
-    seed: int = option(0, "seed of what is drawn at random", least=0)
+    samples: int = option(8, "rows on the contact sheet; 0: no sheet", least=0, most=256)
+    seed: int = option(0, "seed of what is drawn at random", least=0, most=MOST_SEED)
     out_dir: str = option("out", "folder of the contact sheets")
 
     def __post_init__(self):

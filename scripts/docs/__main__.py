@@ -11,7 +11,7 @@ from typing import Literal
 
 from common.errors import run_command
 from common.files import write_text
-from common.flags import check_options, option, parse_flags
+from common.flags import MOST_SEED, check_options, option, parse_flags
 from inference.paths import find_model_files
 from model.files import ROOT
 from scripts.docs.flags_page import FLAGS_PATH, write_flags
@@ -27,7 +27,7 @@ class Settings:
     weights: str = option(
         "model/demo/sft_vlm_128.pth", "model of the demo that answers the questions of the picture"
     )
-    seed: int = option(8, "which held-out scene, and which questions", least=0)
+    seed: int = option(8, "which held-out scene, and which questions", least=0, most=MOST_SEED)
     out: str = option("images/hero.png", "where the picture goes")
 
     def __post_init__(self):

@@ -1,9 +1,11 @@
 """Flags made from a dataclass: read, checked, listed."""
 
+import dataclasses
+import math
 import re
 import runpy
 from dataclasses import FrozenInstanceError, asdict, dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -18,6 +20,10 @@ from common.flags import (
     option,
     parse_flags,
 )
+from dataset.clean import settings as clean
+from dataset.preview import settings as preview
+from inference.config import EvalConfig
+from scripts.docs import __main__ as docs
 from tests.helpers import ROOT
 from trainer.config import TrainConfig
 
@@ -31,9 +37,11 @@ class Options:
         PublishedFlag(("--few",), "use --size", sets={"1": {}, "2": {"size": 9, "loud": True}}),
     )
     names: list[str] = option(["a", "b"], "some names, 100 % of them", aliases=("--n",), group="x")
-    size: int | Literal["auto"] = option(4, "a size", least=1)
-    share: float | None = option(None, "a share; none if not given", least=0)
+    size: int | Literal["auto"] = option(4, "a size", least=1, aliases=("--s",))
+    share: float | None = option(None, "a share; none if not given", least=0, most=1)
     kind: Literal["red", "blue"] = option("red", "a color")
+    turns: Literal[1, 2] = option(1, "turns")
+    colors: list[Literal["red", "blue"]] = option(["red"], "colors")
     again: Literal["yes", "auto"] | None = option(None, "whether to continue", group="y")
     loud: bool = option(False, "print more")
 
@@ -48,21 +56,39 @@ def read(*arguments: str) -> dict:
 def test_each_type_is_read():
     defaults = asdict(Options())
     assert read() == defaults
-    given = ["--n", "x", "y", "--size", "auto", "--share", "0.5", "--kind", "blue", "--again"]
-    values = dict(names=["x", "y"], size="auto", share=0.5, kind="blue", again="yes", loud=True)
-    assert read(*given, "--loud") == values
+    given = ["--n", "x", "y", "--size", "auto", "--share", "0.5", "--kind", "blue", "--turns", "2"]
+    values = dict(names=["x", "y"], size="auto", share=0.5, kind="blue", turns=2, loud=True)
+    assert read(*given, "--again", "--loud") == defaults | values | {"again": "yes"}
     assert read("--names", "x", "--n", "y")["names"] == ["x", "y"]
     assert read("--again", "auto", "--size", "7") == defaults | {"again": "auto", "size": 7}
 
 
-def test_what_cannot_be_is_refused_from_a_command_line_and_in_python(capsys):
-    for arguments in (["--size", "many"], ["--kind", "green"], ["--colour"], ["--loud", "yes"]):
-        with pytest.raises(SystemExit):
-            read(*arguments)
-        assert capsys.readouterr().err.count("error: ") == 1
-    with pytest.raises(UserError, match="--size is 0: it has to be at least 1"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    {
+        "--size many": "--size/--s: 'many' is no whole number",
+        "--size 1.5": "--size/--s: '1.5' is no whole number",
+        f"--size {'9' * 5000}": "--size/--s: '9999999999.* is no whole number",
+        "--share half": "--share: 'half' is no number",
+        "--kind green": "--kind is green: choose from red, blue",
+        "--turns 3": "--turns is 3: choose from 1, 2",
+        "--colors red green": "--colors is green: choose from red, blue",
+        "--again maybe": "--again is maybe: choose from yes, auto",
+        "--colour": "unrecognized arguments: --colour",
+        "--loud yes": "unrecognized arguments: yes",
+        "--size": "--size/--s: expected one argument",
+    }.items(),
+)
+def test_what_cannot_be_read_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as raised:
+        read(*arguments.split())
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 150
+
+
+def test_what_cannot_be_is_refused_from_a_command_line_and_in_python():
+    with pytest.raises(UserError, match="--size is 0: it has to be at least 1$"):
         read("--size", "0")
-    with pytest.raises(UserError, match="--share is nan"):
+    with pytest.raises(UserError, match="--share is nan: it has to be from 0 to 1$"):
         Options(share=float("nan"))
     with pytest.raises(UserError, match="--kind is green: choose from red, blue"):
         Options(kind="green")
@@ -95,10 +121,15 @@ def test_published_flags_stand_apart_from_the_others(capsys):
 
 def test_the_list_has_every_field_with_its_group():
     flags = list(list_flags(Options()))
-    assert [flag.group for flag in flags] == ["x"] * 4 + ["y"] * 2
+    assert [flag.group for flag in flags] == ["x"] * 6 + ["y"] * 2
     assert flags[0].names == ("--names", "--n") and flags[0].help.startswith("some names")
     defaults = [describe_default(flag.default) for flag in flags]
-    assert defaults == [" (default: a b)", " (default: 4)", "", " (default: red)", "", ""]
+    assert defaults == [" (default: a b)", " (default: 4)", "", " (default: red)"] + [
+        " (default: 1)",
+        " (default: red)",
+        "",
+        "",
+    ]
 
 
 def test_help_shows_percent_signs(capsys):
@@ -125,10 +156,61 @@ def test_training_has_the_published_flags_and_every_field_says_what_it_is(script
     assert all(len(flag.help) > 15 and flag.group for flag in flags)
 
 
-@given(st.sampled_from(["batch_size", "epochs", "log_interval", "val_interval"]), st.integers())
+def numeric_fields(options) -> list:
+    """Fields whose flag takes a number."""
+    types = get_type_hints(type(options))
+    return [
+        field
+        for field in dataclasses.fields(options)
+        if {int, float} & {types[field.name], *get_args(types[field.name])}
+    ]
+
+
+SCRIPTS = {
+    script: runpy.run_path(str(ROOT / script)).get("DEFAULTS", EvalConfig())
+    for script in ("train_pretrain_vlm.py", "train_sft_vlm.py", "eval_vlm.py", "web_demo_vlm.py")
+}
+NUMBERS = [
+    (script, field.name, text)
+    for script, options in SCRIPTS.items()
+    for field in numeric_fields(options)
+    for text in ("0", "-1", "nan", "inf", "1e9", "text")
+]
+
+
+def test_there_are_numbers_to_try():
+    assert len(NUMBERS) > 250
+
+
+@pytest.mark.parametrize(("script", "name", "text"), NUMBERS)
+def test_every_number_is_accepted_or_refused_in_one_line(script, name, text):
+    """What is accepted is finite and within the bounds; what is refused names the flag."""
+    try:
+        options = parse_flags(SCRIPTS[script], "-", [f"--{name}", text])
+    except UserError as error:
+        assert str(error).startswith(f"--{name}") and "\n" not in str(error)
+    else:
+        assert math.isfinite(getattr(options, name)) and text not in ("-1", "nan", "inf", "text")
+
+
+@pytest.mark.parametrize(
+    "options", [*SCRIPTS.values(), clean.Settings(), preview.Settings(), docs.Settings()]
+)
+def test_every_number_has_bounds(options):
+    for field in numeric_fields(options):
+        least, most = field.metadata["least"], field.metadata["most"]
+        assert least >= 0 and most < math.inf, f"{type(options).__module__}: {field.name}"
+
+
+MOST = {"batch_size": 4096, "epochs": 10**6, "log_interval": 10**9, "val_interval": 10**9}
+
+
+@given(st.sampled_from(list(MOST)), st.integers())
 def test_a_config_takes_a_number_or_names_it(name, value):
-    if value >= 1:
+    if 1 <= value <= MOST[name]:
         assert getattr(replace(TrainConfig(), **{name: value}), name) == value
     else:
-        with pytest.raises(UserError, match=f"--{name} is {value}: it has to be at least 1"):
+        with pytest.raises(
+            UserError, match=f"--{name} is .*: it has to be from 1 to {MOST[name]:,}"
+        ):
             replace(TrainConfig(), **{name: value})

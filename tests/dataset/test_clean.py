@@ -345,7 +345,7 @@ def test_what_stops_a_cleaning_is_said_in_one_line(tmp_path):
         ((tmp_path / "rows.jsonl", tmp_path), "is not empty: choose a new folder"),
         (
             (tmp_path / "rows.jsonl", tmp_path / "x", "--val_share", "2"),
-            "--val_share is 2.0: it can be at most 0.5",
+            "--val_share is 2.0: it has to be from 0 to 0.5",
         ),
     ):
         finished = run_script("-m", "dataset.clean", *command)

@@ -453,7 +453,7 @@ def test_what_stops_a_preview_is_said_in_one_line(tmp_path):
     for command, message in (
         ((tmp_path / "none.jsonl",), "none.jsonl"),
         ((__file__, "--tokenizer", tmp_path), "no tokenizer in"),
-        ((__file__, "--samples", "-1"), "--samples is -1: it has to be at least 0"),
+        ((__file__, "--samples", "-1"), "--samples is -1: it has to be from 0 to 256"),
     ):
         finished = run_script("-m", "dataset.preview", *command)
         assert finished.returncode == 2 and message in finished.stdout

@@ -333,7 +333,7 @@ MISTAKES_OF_EVAL = {
     "--images_dir nowhere": "no folder nowhere: put pictures there",
     "--image nowhere.png": "no picture nowhere.png",
     "--data nowhere.jsonl": "nowhere.jsonl",
-    "--batch_size 0": "--batch_size is 0: it has to be at least 1",
+    "--batch_size 0": "--batch_size is 0: it has to be from 1 to 4,096",
 }
 
 

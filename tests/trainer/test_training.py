@@ -298,15 +298,15 @@ MISTAKES = [
     (dict(ddp=True), "error: --ddp needs torchrun"),
     (dict(dim=130), "error: dim 130 does not split into 4 heads"),
     (dict(max_seq_len=9000), "error: --max_seq_len is 9000 but the network takes at most 8192"),
-    (dict(batch_size=0), "--batch_size is 0: it has to be at least 1"),
-    (dict(max_steps=0), "--max_steps is 0: it has to be at least 1"),
+    (dict(batch_size=0), "--batch_size is 0: it has to be from 1 to 4,096"),
+    (dict(max_steps=0), "--max_steps is 0: it has to be from 1 to 1,000,000,000"),
     (
         dict(max_seq_len=5),
         r"error: no row of all 6 steps could be used \(48 no answer within max_length\): python -m",
     ),
     # What is safe is named too.
     (
-        dict(learning_rate=1e30, grad_clip=1e30, epochs=9, save_interval=1),
+        dict(learning_rate=1000, grad_clip=1e6, epochs=9, save_interval=1),
         r"norm is nan at step \d+, samples \[.*lower --learning_rate; the last run state is "
         r"intact, --resume continues from it: .*/sft_vlm_64.resume/step-",
     ),
