@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +25,6 @@ class Meter:
     def __init__(self, runtime: Runtime, time_split: bool = False):
         self.runtime = runtime
         self.times_parts = not runtime.is_gpu or time_split
-        self.skipped: Counter[str] = Counter()
         self.n_labels = 0  # of the whole run, on all ranks
         self.n_damaged = 0  # cache entries, not yet reported
         self._restart()
@@ -61,7 +60,6 @@ class Meter:
 
     def add(self, micro_batches: list[Batch]) -> None:
         for batch in micro_batches:
-            self.skipped.update(batch.skipped)
             self.n_damaged += batch.n_damaged
             self.images += len(batch.keys)
             self.labels += batch.n_labels

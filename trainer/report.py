@@ -20,6 +20,7 @@ from trainer.meter import LossWatch, Meter
 from trainer.run_log import RunLog
 from trainer.run_state import RunState
 from trainer.runtime import Runtime
+from trainer.skipped import SkippedRows
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -96,6 +97,7 @@ class Report:
         self.runtime: Runtime = state.runtime
         self.first_step, self.total_steps = state.progress.step, total_steps
         self.meter = Meter(self.runtime, config.time_split)
+        self.skipped = SkippedRows(self.runtime, len(train_data))
         self.losses = LossWatch(config.data_path)
         self.log = RunLog(state.paths, self.first_step, total_steps, config, self.runtime.is_main)
         self._said_closed = False
@@ -105,23 +107,26 @@ class Report:
     ) -> None:
         """Count an optimizer step; nothing is read from the device."""
         self.meter.add(micro_batches)
+        self.skipped.add(self.state.sampler.epoch, micro_batches)
         self.losses.add(self.state.progress.step, loss, grad_norm, micro_batches)
         self.log.advance()
 
     def read_losses(self) -> tuple[float, float]:
         """The newest loss and gradient norm, see LossWatch."""
         loss, grad_norm = self.losses.read()
-        self.log.show_loss(loss)
+        self.log.show(loss, self.skipped.reasons.total())
         return loss, grad_norm
 
     def log_step(self, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Write a line of the log.
 
-        UserError at the end of a run none of whose rows could be used.
+        UserError where most rows of an epoch cannot be used, or none of a whole run.
         """
         step, rates = self.state.progress.step, self.meter.take_rates()
+        for line in self.skipped.share():
+            self.log.print(line)
         if step == self.total_steps and not self.meter.n_labels:
-            reasons = list_reasons(self.meter.skipped)
+            reasons = list_reasons(self.skipped.reasons)
             raise UserError(
                 f"no row of all {step - self.first_step} steps could be used ({reasons}): "
                 "python -m dataset.preview shows what is wrong with them"
@@ -132,6 +137,7 @@ class Report:
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            skipped=self.skipped.reasons.total(),
             **rates,
         )
         self._mention_cache()
@@ -186,12 +192,14 @@ class Report:
 
     def write_end(self) -> None:
         """The last line of the log."""
+        # A run that was stopped has steps since its last log line.
+        self.skipped.share()
         self.log.event(
             "end",
             step=self.state.progress.step,
             total_steps=self.total_steps,
             weights=str(self.state.paths.weights),
-            skipped=dict(self.meter.skipped),
+            skipped=dict(self.skipped.reasons),
             dtype=self.runtime.dtype_name,
             peak_memory_bytes=self.runtime.peak_memory(),
         )
@@ -205,8 +213,8 @@ class Report:
         step, paths = self.state.progress.step, self.state.paths
         is_stopped = is_stopped and step < self.total_steps
         number = self.runtime.stop.number if is_stopped else None
-        if self.meter.skipped:
-            self.runtime.print(f"skipped while training: {list_reasons(self.meter.skipped)}")
+        if self.skipped.reasons:
+            self.runtime.print(f"skipped while training: {list_reasons(self.skipped.reasons)}")
         if self.first_step == self.total_steps:
             self.runtime.print(
                 f"nothing is left to do: all {self.total_steps} steps were done before"

@@ -105,9 +105,11 @@ class RunLog:
         """Move the progress bar by one optimizer step."""
         self.bar.update()
 
-    def show_loss(self, loss: float) -> None:
+    def show(self, loss: float, n_skipped: int) -> None:
+        """Numbers beside the progress bar; rows that were left out only if there are any."""
         if self.is_main:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            skipped = {"skipped": n_skipped} if n_skipped else {}
+            self.bar.set_postfix(loss=f"{loss:.3f}", **skipped, refresh=False)
 
     def train(self, step: int, **numbers: float) -> None:
         if self.is_main:

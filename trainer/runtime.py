@@ -111,6 +111,14 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: object) -> list:
+        """What each process has, in all of them; they have to call this together."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def any_rank(self, flag: bool) -> bool:
         return self.sum_over_ranks(flag)[0] > 0
 
