@@ -1,8 +1,9 @@
 """The one way to write a file whole, the one hash, and the one way to read a picture's bytes."""
 
+import errno
 import hashlib
-import io
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import BinaryIO
 from common.errors import BadSampleError, UserError
 
 MAX_IMAGE_BYTES = 64 * 2**20  # of one picture's file
+# What a system says where there is no file of a name, or cannot be.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -68,20 +71,46 @@ def hash_to_int(content: bytes) -> int:
     return int.from_bytes(hash_bytes(content, size=8), "little")
 
 
-def read_image_bytes(source: Path | io.BytesIO) -> bytes:
+def read_image_bytes(source: str | Path | BinaryIO) -> bytes:
     """The bytes of a picture's file, still encoded.
 
-    BadSampleError where the file is missing or larger than MAX_IMAGE_BYTES.
+    Args:
+        source: a path, whose symbolic links are followed, or an open file, read from its start.
+
+    BadSampleError where it is missing, no regular file or larger than MAX_IMAGE_BYTES.
     """
+    is_path = isinstance(source, str | os.PathLike)
     try:
-        size = (
-            source.getbuffer().nbytes if isinstance(source, io.BytesIO) else os.path.getsize(source)
-        )
-        if size > MAX_IMAGE_BYTES:
-            limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
-            raise BadSampleError(
-                "image too large", limit if isinstance(source, io.BytesIO) else f"{source}: {limit}"
-            )
-        return source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
-    except OSError as error:
-        raise BadSampleError("image missing", f"{source} ({error.strerror})") from error
+        if is_path:
+            content = _read_regular_file(source)
+        else:
+            source.seek(0)
+            content = source.read(MAX_IMAGE_BYTES + 1)
+    except BadSampleError:
+        raise
+    # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:
+        is_missing = getattr(error, "errno", errno.ENOENT) in MISSING
+        reason = "image missing" if is_missing else "image cannot be read"
+        raise BadSampleError(
+            reason, f"{source} ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    if len(content) > MAX_IMAGE_BYTES:
+        limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
+        raise BadSampleError("image too large", f"{source}: {limit}" if is_path else limit)
+    return content
+
+
+def _read_regular_file(path: str | Path) -> bytes:
+    """Its bytes, at most MAX_IMAGE_BYTES + 1."""
+    # Asked before it is opened: a FIFO would wait for a writer, and a device may do anything.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadSampleError("image is no file", f"{path} is a folder, a pipe or a device")
+    with open(path, "rb", opener=_open_at_once) as file:
+        return file.read(min(status.st_size, MAX_IMAGE_BYTES) + 1)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file that may have become a FIFO since."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

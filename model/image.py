@@ -1,59 +1,159 @@
-"""Open a picture, whatever its format, as upright RGB."""
+"""Open a picture, whatever its format, as upright RGB.
 
+    file ── at most 64 MB ──> pixels without metadata ──> Pillow ── at most 89 million pixels ──>
+    shrunk if huge ──> 8 bits, laid on white ──> upright
+"""
+
+import io
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from common.errors import BadSampleError
+from common.files import read_image_bytes
+from model.metadata import find_orientation, strip_metadata
 
-# 270 MB once decoded; a little under where Pillow begins to warn.
+# 356 MB once decoded; a little under where Pillow begins to warn.
 MAX_PIXELS = 89_000_000
+# A picture of more pixels is shrunk while it is decoded, or each worker of a loader would hold
+# 100 MB and more of it. Fewer, as in most photographs, stay exactly as CLIP's processor has them.
+LARGE = 25_000_000
+# The shorter side to which it is shrunk at most: CLIP takes 224 pixels of it.
+LARGE_SIDE = 1024
 # CLIP scales the shorter side to 224 pixels: a thinner picture would grow to hundreds of megabytes
 # before its center is cut out.
 MAX_ASPECT = 50
 
-# Pillow only warns about a picture of too many pixels: as an error, `load_image` can refuse it.
+# What Pillow may take a file for. Others of its formats are rare, or run a program (EPS).
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
+CONVERT = "convert it to JPEG or PNG"
+# How files begin that are often named .jpg, the reason why they are refused, and what to do.
+OTHER_FILES = (
+    (rb".{4}ftyp(hei|hev|mif1|msf1)(?!.{,40}avi[fs])", "HEIC is not supported", CONVERT),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL is not supported", CONVERT),
+    (rb"(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*)?<(!DOCTYPE )?svg", "SVG is not supported", CONVERT),
+    (rb"%PDF-", "PDF is not supported", CONVERT),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not supported", CONVERT),
+    (rb".{4}ftyp(?!avi[fs]|mif1)|\x1aE\xdf\xa3", "video is not supported", "take a frame of it"),
+    (rb"(\xef\xbb\xbf)?\s*<(!DOCTYPE html|html|head)", "image is a web page", "fetch it again"),
+    (rb"version https://git-lfs", "image is a Git LFS pointer", "run `git lfs pull`"),
+)
+# What brings a picture of each orientation upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow tells of what it skipped, and only warns of too many pixels.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def load_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Open a picture as RGB, upright, the first frame of an animation.
+def load_image(
+    source: str | Path | BinaryIO | Image.Image, max_side: int | None = None
+) -> Image.Image:
+    """Open a picture as RGB, upright, on white where it is transparent, an animation's first frame.
+
+    A file that was cut off is damaged; broken metadata beside good pixels is not looked at.
 
     Args:
-        source: anything Pillow reads: a path, an open file, or a picture that is open already.
+        source: a path, an open file, or a picture that is open already.
+        max_side: the longer side is shrunk to at most so many pixels, while decoding if it can be.
 
-    BadSampleError with the reason where it is missing, damaged, too large or too narrow.
+    BadSampleError with the reason where it is missing, no picture, damaged, too large or narrow.
     """
+    encoded = b"" if isinstance(source, Image.Image) else read_image_bytes(source)
     try:
         # limits, before a pixel is decoded
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            limit = f"{MAX_PIXELS // 10**6} million pixels"
-            raise BadSampleError("image too large", f"{width}x{height} is over {limit}")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadSampleError("image too narrow", f"{width}x{height} is beyond {MAX_ASPECT}:1")
+        pixels, exif = strip_metadata(encoded)
+        image = Image.open(io.BytesIO(pixels), formats=FORMATS) if encoded else source
+        _check_size(*image.size)
+
+        # shrunk while decoding: JPEG can, of other formats a band is made RGB at a time
+        if (factor := _choose_factor(image.size, max_side)) > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
+            factor = _choose_factor(image.size, max_side)
+        image.load()
+        _check_size(*image.size)
+        rgb = _shrink(image, factor)
+        if max_side:
+            rgb.thumbnail((max_side, max_side))
 
         # upright, as the camera noted it
-        image = ImageOps.exif_transpose(image)
-
-        # 16-bit gray is scaled to 8 bits: convert() would clip it at 255
-        if image.mode.startswith(("I", "F")):
-            gray = np.asarray(image, dtype=np.float32)
-            scale = 257 if gray.max() > 255 else 1
-            image = Image.fromarray((gray / scale).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except BadSampleError:
+        turn = TURNS.get(find_orientation(exif or image.info.get("exif") or b""))
+        return rgb if turn is None else rgb.transpose(turn)
+    except (BadSampleError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise BadSampleError("image missing", str(source)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSampleError("image too large", str(source)) from error
-    # what Pillow raises for damaged files
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadSampleError("image too large", _name(source, str(error))) from error
+    # Pillow raises nearly anything for damaged files: struct.error, TypeError, RuntimeError, ...
+    except Exception as error:
+        for start, reason, advice in OTHER_FILES:
+            if re.match(start, encoded[:512], re.DOTALL | re.IGNORECASE):
+                raise BadSampleError(reason, _name(source, advice)) from error
         cause = "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        detail = f"{source} ({cause})" if isinstance(source, str | Path) else cause
-        raise BadSampleError("image damaged", detail) from error
+        raise BadSampleError("image damaged", _name(source, cause)) from error
+
+
+def _name(source: object, text: str) -> str:
+    return f"{source}: {text}" if isinstance(source, str | os.PathLike) else text
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        limit = f"{MAX_PIXELS // 10**6} million pixels"
+        raise BadSampleError("image too large", f"{width}x{height} is over {limit}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSampleError("image too narrow", f"{width}x{height} is beyond {MAX_ASPECT}:1")
+
+
+def _choose_factor(size: tuple[int, int], max_side: int | None) -> int:
+    """How many times shorter the sides of a picture may become, a whole number."""
+    if max_side:
+        return max(1, max(size) // max_side)
+    return max(1, min(size) // LARGE_SIDE) if size[0] * size[1] > LARGE else 1
+
+
+def _shrink(image: Image.Image, factor: int) -> Image.Image:
+    """RGB, each pixel the mean of factor x factor pixels."""
+    # 16-bit gray is scaled to 8 bits: convert() would clip it at 255
+    is_deep = image.mode.startswith(("I", "F"))
+    scale = 257 if is_deep and np.nan_to_num(np.asarray(image)).max() > 255 else 1
+    if factor == 1:
+        return _convert(image, scale)
+
+    # band after band: the whole is never held twice
+    rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    step = 64 * factor
+    for top in range(0, image.height, step):
+        band = image.crop((0, top, image.width, min(top + step, image.height)))
+        rgb.paste(_convert(band, scale).reduce(factor), (0, top // factor))
+    return rgb
+
+
+def _convert(image: Image.Image, scale: int) -> Image.Image:
+    """RGB of 8 bits, laid on white. `scale` divides pixels of more bits."""
+    if image.mode.startswith(("I", "F")):
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float32)) / scale
+        if isinstance(image.info.get("transparency"), int):
+            gray[gray == image.info["transparency"] / scale] = 255
+        return Image.fromarray(gray.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    return image.convert("RGB")

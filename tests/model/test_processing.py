@@ -284,7 +284,7 @@ def test_unusable_pictures_have_a_reason(tmp_path, processor):
     cases = {
         whole[: len(whole) // 2]: "image damaged",
         b"": "image damaged",
-        b"<html>404</html>": "image damaged",
+        b"<html>404</html>": "image is a web page",
         huge_png(): "image too large",
         picture_bytes((2000, 10)): "image too narrow",
     }
