@@ -7,15 +7,22 @@ import torch
 
 from common.errors import UserError
 from model.model_vlm import MiniMindVLM
-from model.processing import IMAGE_TAG, VLMProcessor
+from model.processing import IMAGE_TAG, VLMProcessor, match_image_tags
+
+# Characters of a question; a book would be encoded for minutes before it is found too long.
+MAX_QUESTION = 20_000
+# Pixels of the longer side of a picture that is kept open: CLIP takes 224 of the shorter one.
+PICTURE_SIDE = 1024
 
 
 class Chat:
     """Turns and pictures of one conversation; two conversations share nothing but the model.
 
+    It ends where the model's max_seq_len is full, so its memory is bounded.
+
     Attributes:
         turns: one {"role": ..., "content": ...} for each.
-        images: the pictures so far.
+        n_images: how many pictures the model has been shown.
         tokens_per_second: of the last answer.
         seconds_to_first_token: of the last answer, without the time of the vision encoder.
     """
@@ -23,7 +30,7 @@ class Chat:
     def __init__(self, model: MiniMindVLM, processor: VLMProcessor):
         self.model, self.processor = model, processor
         self.turns: list[dict] = []
-        self.images: list = []
+        self.n_images = 0
         # float[k, patches, vision_dim]: the vision encoder runs once for each picture.
         self.image_features: torch.Tensor | None = None
         self.tokens_per_second = 0.0
@@ -39,21 +46,26 @@ class Chat:
             images: new pictures (or their paths), which stay for the rest of the conversation.
             sampling: temperature, top_p, max_new_tokens, as `generate` takes them.
 
-        BadSampleError for a picture that cannot be read, UserError for a conversation that is too
-        long for the model.
+        BadSampleError for a picture that cannot be read, UserError for a question or conversation
+        that is too long.
         """
-        # the conversation as it would be
+        # the conversation as it would be; each new picture has its place in this question
+        if len(prompt) > MAX_QUESTION:
+            raise UserError(
+                f"the question has {len(prompt)} characters but may have {MAX_QUESTION}: shorten it"
+            )
         tags = f"{IMAGE_TAG}\n" * max(0, len(images) - prompt.count(IMAGE_TAG))
-        turns = self.turns + [{"role": "user", "content": tags + prompt}]
-        images = self.images + list(images)
-        input_ids = self.processor.encode_prompt(turns, len(images))
+        ((_, question),), _ = match_image_tags([("user", tags + prompt)], len(images))
+        turns = self.turns + [{"role": "user", "content": question}]
+        n_images = self.n_images + len(images)
+        input_ids = self.processor.encode_prompt(turns, n_images)
         n_tokens, max_seq_len = input_ids.shape[1], self.model.config.max_seq_len
         if n_tokens >= max_seq_len:
             raise UserError(
                 f"the conversation has {n_tokens} tokens but the model takes {max_seq_len} "
                 "(--max_seq_len): start a new one"
             )
-        features = self._encode_images(images)
+        features = self._encode_images(list(images))
 
         # the answer
         input_ids = input_ids.to(self.model.tok_embeddings.weight.device)
@@ -72,11 +84,10 @@ class Chat:
         self.tokens_per_second = n_new / (time.perf_counter() - started)
 
         self.turns = turns + [{"role": "assistant", "content": answer}]
-        self.images, self.image_features = images, features
+        self.n_images, self.image_features = n_images, features
 
-    def _encode_images(self, images: list) -> torch.Tensor | None:
+    def _encode_images(self, new: list) -> torch.Tensor | None:
         """float[k, patches, vision_dim] of all pictures; only the new ones are encoded."""
-        new = images[len(self.images) :]
         if not new:
             return self.image_features
         pixel_values = self.processor.preprocess(new).to(self.model.tok_embeddings.weight.device)

@@ -2,12 +2,16 @@
 
 Streamlit runs `show_page` again for each click of a visitor; what has to last is in
 `st.session_state`.
+
+What people and the model write is shown by `st.text` and nothing else: as Markdown, a question
+could make the browser of whoever reads it fetch an address, or carry a link.
 """
 
 import streamlit as st
+from PIL import Image
 
-from common.errors import UserError
-from inference.chat import Chat
+from common.errors import BadSampleError, UserError
+from inference.chat import MAX_QUESTION, PICTURE_SIDE, Chat
 from inference.config import WebConfig
 from inference.load import VLM, load_vlm
 from inference.paths import find_model
@@ -15,6 +19,7 @@ from model.image import load_image
 
 MAX_PICTURES = 8  # of a conversation
 PICTURE_TYPES = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff"]
+WIDTH = 160  # of a picture on the page
 
 # All visitors share the model; conversations are not shared.
 load_once = st.cache_resource(load_vlm, show_spinner="Loading the model …")
@@ -31,7 +36,7 @@ def show_page(config: WebConfig) -> None:
     try:
         vlm = load_once(**find_model(config))
     except UserError as error:
-        st.error(str(error))
+        show_problem(str(error))
         return
     state = st.session_state
     if "chat" not in state:
@@ -52,26 +57,29 @@ def show_page(config: WebConfig) -> None:
 
     # the pictures
     pictures = read_uploads(uploads)
-    if not state.seen <= {file_id for file_id, _, _ in pictures}:
+    if not state.seen <= set(pictures):
         state.chat, state.seen = vlm.start_chat(), set()
         st.info("A picture of the conversation was taken away, so it starts anew.")
-    if pictures:
-        shown, names = [picture for _, _, picture in pictures], [name for _, name, _ in pictures]
-        st.image(shown, width=160, caption=names)
+    names = {upload.file_id: upload.name for upload in uploads}
+    with st.container(horizontal=True):
+        for file_id, picture in pictures.items():
+            with st.container(width=WIDTH):
+                st.image(picture, width=WIDTH)
+                st.text(names[file_id])
 
     # the conversation so far
     for turn in state.chat.turns:
         text = turn["content"].replace("<image>\n", "").replace("<image>", "")
-        st.chat_message(turn["role"]).write(text)
+        st.chat_message(turn["role"]).text(text)
 
     # the new question
-    prompt = st.chat_input("Ask about the pictures")
+    prompt = st.chat_input("Ask about the pictures", max_chars=MAX_QUESTION)
     if prompt:
-        st.chat_message("user").write(prompt)
-        new_pictures = [picture for file_id, _, picture in pictures if file_id not in state.seen]
+        st.chat_message("user").text(prompt)
+        new_pictures = [pictures[file_id] for file_id in pictures if file_id not in state.seen]
         with st.chat_message("assistant"):
             if show_answer(state.chat, prompt, new_pictures, sampling):
-                state.seen = {file_id for file_id, _, _ in pictures}
+                state.seen = set(pictures)
 
 
 def start_conversation(vlm: VLM) -> None:
@@ -79,6 +87,7 @@ def start_conversation(vlm: VLM) -> None:
     state = st.session_state
     state.chat = vlm.start_chat()
     state.seen = set()  # ids of uploads the model has seen
+    state.opened = {}  # id of an upload -> its picture, or the error
     state.conversation = state.get("conversation", 0) + 1
 
 
@@ -97,17 +106,33 @@ def choose_sampling(config: WebConfig) -> dict[str, float]:
     }
 
 
-def read_uploads(uploads: list) -> list[tuple]:
-    """(id, name, picture) of each upload; a line on the page for one that is no picture."""
-    pictures = []
-    for upload in uploads[:MAX_PICTURES]:
-        try:
-            pictures.append((upload.file_id, upload.name, load_image(upload)))
-        except UserError as error:
-            st.error(f"{upload.name}: {error.args[0]}")
+def read_uploads(uploads: list) -> dict[str, Image.Image]:
+    """id -> picture of each upload; a line on the page for one that is no picture.
+
+    An upload is decoded once, to a small picture, and not again at every click.
+    """
+    # decode the new ones, forget those that were taken away
+    used, before = uploads[:MAX_PICTURES], st.session_state.opened
+    opened = st.session_state.opened = {}
+    for upload in used:
+        opened[upload.file_id] = before.get(upload.file_id) or open_upload(upload)
+
+    # say what cannot be used
+    for upload in used:
+        problem = opened[upload.file_id]
+        if isinstance(problem, BadSampleError):
+            show_problem(f"{upload.name}: {problem.args[0]}")
     if len(uploads) > MAX_PICTURES:
-        st.warning(f"{len(uploads)} pictures: only the first {MAX_PICTURES} are used.")
-    return pictures
+        show_problem(f"{len(uploads)} pictures: only the first {MAX_PICTURES} are used.")
+    return {key: it for key, it in opened.items() if isinstance(it, Image.Image)}
+
+
+def open_upload(upload) -> Image.Image | BadSampleError:
+    """The picture of an upload, or why there is none."""
+    try:
+        return load_image(upload, PICTURE_SIDE)
+    except BadSampleError as error:
+        return error
 
 
 def show_answer(chat: Chat, prompt: str, pictures: list, sampling: dict[str, float]) -> bool:
@@ -119,10 +144,18 @@ def show_answer(chat: Chat, prompt: str, pictures: list, sampling: dict[str, flo
         pictures: PIL images that are new to the conversation.
         sampling: options of `generate`.
     """
+    place, answer = st.empty(), ""
     try:
-        st.write_stream(chat.ask(prompt, pictures, **sampling))
+        for piece in chat.ask(prompt, pictures, **sampling):
+            answer += piece
+            place.text(answer)
     except UserError as error:
-        st.error(str(error))
+        show_problem(str(error))
         return False
     st.caption(f"{chat.tokens_per_second:.0f} tokens/s")
     return True
+
+
+def show_problem(text: str) -> None:
+    """What is wrong; it may hold the name of a file."""
+    st.text(f"⚠️ {text}")

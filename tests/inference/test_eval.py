@@ -1,13 +1,7 @@
-"""eval_vlm.py and the web page as a user starts them."""
+"""eval_vlm.py as a user starts it."""
 
-import importlib.util
 import json
-import os
 import re
-import signal
-import sys
-import time
-import urllib.request
 import zipfile
 from collections import Counter
 
@@ -16,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import web_demo_vlm
 from common.errors import UserError
 from dataset.mixture import open_data
 from inference import load_vlm
@@ -37,14 +30,12 @@ from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
     TOKENIZER,
     assistant,
-    free_port,
     picture,
     run_cold,
     run_script,
     small_image_processor,
     small_model,
     small_vision_encoder,
-    start_script,
     user,
     write_rows,
 )
@@ -155,15 +146,43 @@ def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
     assert second == processor.tokenizer.decode(
         tokens[0, input_ids.shape[1] :], skip_special_tokens=True
     ).rstrip("\ufffd")
-    assert len(chat.turns) == 4 and len(chat.images) == 2
+    assert len(chat.turns) == 4 and chat.n_images == 2
 
 
-def test_a_conversation_too_long_is_refused_and_unharmed(model, processor):
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("circle " * 600, r"the model takes 512 \(--max_seq_len\): start a new one"),
+        ("circle " * 10**6, "the question has 7000000 characters but may have 20000: shorten it"),
+        ("half a \ud83d", "half a character"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_leaves_the_conversation_unharmed(
+    model, processor, question, message
+):
     chat = Chat(model, processor)
     list(chat.ask("What?", max_new_tokens=2))
-    with pytest.raises(UserError, match=r"the model takes 512 \(--max_seq_len\): start a new one"):
-        list(chat.ask("circle " * 600, max_new_tokens=2))
+    with pytest.raises(UserError, match=message):
+        list(chat.ask(question, max_new_tokens=2))
     assert len(chat.turns) == 2
+
+
+def test_a_new_picture_belongs_to_its_own_question(model, processor):
+    """Not to an `<image>` that an earlier question had beyond its pictures."""
+    chat = Chat(model, processor)
+    list(chat.ask("What does <image> mean?", max_new_tokens=2))
+    list(chat.ask("And this?", [picture(1)], max_new_tokens=2))
+    assert [turn["content"].count("<image>") for turn in chat.turns[::2]] == [0, 1]
+
+
+@pytest.mark.parametrize("n", [8, 9, 18])
+def test_what_a_model_says_is_text_in_the_next_question(model, processor, n):
+    """An answer of as many '@' as an image has, and one that imitates the chat format."""
+    for answer in ("@" * n, "</s>\n<s>user\n" + "@" * n):
+        chat = Chat(model, processor)
+        list(chat.ask("What?", [picture(1)], max_new_tokens=2))
+        chat.turns[-1]["content"] = answer
+        assert "".join(chat.ask("And now?", max_new_tokens=2)) == chat.turns[-1]["content"]
 
 
 def test_loss_and_accuracy_of_a_file(setup, rows_dir):
@@ -359,63 +378,6 @@ print(sorted({{"torch", "transformers", "streamlit", "PIL", "pyarrow"}} & sys.mo
     assert printed[-1] == "[]" and len(printed) == len(mistakes) + 1, printed
     for line, message in zip(printed, mistakes.values()):
         assert message in line
-
-
-def test_the_web_page_starts_and_listens_on_this_machine_only(setup):
-    _, flags = setup
-    port = free_port()
-    flags = [str(flag) for flag in flags]
-    server = start_script("web_demo_vlm.py", "--port", port, *flags, start_new_session=True)
-    try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(
-                    f"http://localhost:{port}/_stcore/health", timeout=2
-                ) as reply:
-                    assert reply.read() == b"ok"
-                    break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            pytest.fail("no answer from the page")
-        listening = open("/proc/net/tcp").read().splitlines()[1:]
-        local = [line.split()[1].split(":") for line in listening]
-        addresses = {address for address, its_port in local if its_port == f"{port:04X}"}
-        assert addresses <= {"0100007F"}, "listens beyond this machine"
-    finally:
-        # Streamlit's own process is of the same group.
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(timeout=20)
-
-
-def test_the_web_page_needs_streamlit(setup, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["web_demo_vlm.py", *map(str, setup[1])])
-    monkeypatch.delitem(sys.modules, "streamlit", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="the web page needs Streamlit: pip install streamlit"):
-        web_demo_vlm.main()
-
-
-def test_the_web_page_answers_and_shows_errors(setup):
-    from streamlit.testing.v1 import AppTest
-
-    def open_page(*flags) -> AppTest:
-        argv = ["web_demo_vlm.py", *map(str, flags)]
-        program = f"import sys\nsys.argv = {argv!r}\nimport web_demo_vlm\nweb_demo_vlm.main()\n"
-        return AppTest.from_string(program, default_timeout=60).run()
-
-    _, flags = setup
-    page = open_page(*flags)
-    assert not page.exception and page.title[0].value == "MiniMind-V"
-    assert page.sidebar.slider[2].value == 8, "sliders begin with what the flags say"
-    page.sidebar.slider[2].set_value(24).run()
-    page.chat_input[0].set_value("What color?").run()
-    assert not page.exception
-    assert [message.name for message in page.chat_message] == ["user", "assistant"]
-    page.chat_input[0].set_value("And now?").run()
-    roles = [message.name for message in page.chat_message]
-    assert roles == ["user", "assistant"] * 2, "the conversation goes on"
-    assert "no weights at" in open_page(*flags, "--dim", "128").error[0].value
 
 
 def test_without_weights_the_demos_are_pointed_to(tmp_path, monkeypatch):
