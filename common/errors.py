@@ -1,8 +1,10 @@
 """Errors a person can act on: one line that says what is wrong, the value, and what to do."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from typing import NoReturn
 
 from common.threads import choose_threads
 
@@ -46,23 +48,37 @@ def list_reasons(reasons: Counter[str]) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`. A UserError becomes one line on stderr and exit status 2.
 
-    Ctrl-C, also while large packages are being imported, becomes "stopped" and status 130.
+    So does what the system refuses: a full disk, a name that is too long, a folder that is not
+    ours. Ctrl-C, also while large packages are being imported, becomes "stopped" and status 130.
     PyTorch's threads are chosen first: `main` is what imports it.
     """
-    use_utf8()
+    replace_unprintable()
     choose_threads()
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        stop(f"error: {error}", 2)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has enough; flushing would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        place = "" if error.filename is None else f"{error.filename!s:.200}: "
+        stop(f"error: {place}{error.strerror}", 2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
+        stop("stopped", 130)
 
 
-def use_utf8() -> None:
-    """Print UTF-8 on any system: a Windows pipe would stop at the first Chinese letter."""
-    for stream in (sys.stdout, sys.stderr):
+def stop(line: str, status: int) -> NoReturn:
+    """Print a line on stderr and end."""
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def replace_unprintable() -> None:
+    """Print "?" for a letter that the terminal or file cannot show, as cp1252 and ASCII many."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(errors="replace")

@@ -29,7 +29,7 @@ def run_python(*command: str, capture: bool = False, **env: str) -> str:
     finished = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | env,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | env,
         stdout=pipe,
         stderr=pipe,
         encoding="utf-8",
