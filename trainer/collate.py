@@ -14,7 +14,6 @@ feature cache ── found ── features ──────► batch.cached_fe
 """
 
 import io
-import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
+from common.owner import follow_parent
 from model.labels import IGNORE_INDEX, find_labels
 from model.model_vlm import find_image_tokens
 from trainer.feature_cache import FeatureCache
-from trainer.runtime import handle_signal
 from trainer.sampler import StepSampler
+from trainer.stop import leave_signals_to_main
 
 # What the model's forward pass takes, but for the image features.
 _MODEL_INPUTS = ("input_ids", "labels", "image_token_indices", "label_indices")
@@ -196,7 +196,7 @@ def make_loader(
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; workers go on until the main one has saved."""
-    handle_signal(signal.SIGINT, signal.SIG_IGN)
-    handle_signal(signal.SIGTERM, signal.SIG_DFL)
+    """Live as long as the main process: not shorter, since it saves first, and not longer."""
+    leave_signals_to_main()
+    follow_parent()
     torch.set_num_threads(1)

@@ -73,7 +73,7 @@ def train(
     report = Report(config, state, schedule.total_steps, train_data, images.cache)
     meter, is_stopped = report.meter, False
 
-    with runtime.stop.listening(), report.following():
+    with runtime.stop.listening(report.describe_abort), report.following():
         if val_data is not None and progress.step == 0:
             # what it says before it has learned anything
             with meter.paused():

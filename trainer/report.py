@@ -67,10 +67,7 @@ def describe_run(
     if train_data.skipped:
         runtime.print(f"left out: {list_reasons(train_data.skipped)}")
     if train_data.repaired:
-        runtime.print(
-            f"repaired: {train_data.repaired} rows had more <image> than images; "
-            "the surplus is dropped"
-        )
+        runtime.print(f"repaired: {list_reasons(train_data.repaired)}")
 
 
 class Report:
@@ -166,6 +163,7 @@ class Report:
             raise self._explain(error) from error
         finally:
             self.log.close()
+            self.state.close()
 
     def _explain(self, error: Exception) -> Exception:
         """A UserError that says what to do and which run state is safe; others as they are."""
@@ -189,6 +187,13 @@ class Report:
                 f"memory{saved}"
             )
         return error
+
+    def describe_abort(self, number: int) -> str:
+        """What is said where a run ends at once, without saving; only in the main process."""
+        if not self.runtime.is_main:
+            return ""
+        saved = self.state.describe_newest() or "; nothing is saved yet"
+        return f"stopped by {signal.Signals(number).name} in the middle of a step{saved}"
 
     def write_end(self) -> None:
         """The last line of the log."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.owner import Owner, sweep_partials
 from model.model_vlm import MiniMindVLM
 from model.weights import (
     describe_config,
@@ -69,6 +70,7 @@ class RunState:
         self.saved: list[Path] = []  # by this run or the one it continues
         self.saved_at = time.monotonic()
         self.progress = Progress()
+        self.owner: Owner | None = None
         self.questions = find_opening_questions(train_data) if runtime.is_main else {}
         # What has to be the same for a run to continue.
         lengths = sampler.lengths
@@ -79,7 +81,11 @@ class RunState:
         }
 
     def start(self) -> None:
-        """Resume from the newest run state if --resume asks for it; else load --init_weights."""
+        """Resume from the newest run state if --resume asks for it; else load --init_weights.
+
+        UserError where another run writes the same files.
+        """
+        self.runtime.from_main(self._take_over)
         state, found = self.runtime.from_main(self._read_newest)
         if state is not None:
             self._resume(state, found)
@@ -98,6 +104,23 @@ class RunState:
         if path is not None:
             load_weights(self.model, read_weights(path), path, language_only=True)
         self.runtime.print(f"starts from: {path or 'the weights of the model as it is'}")
+
+    def _take_over(self) -> None:
+        """Become the owner of the run's files, and remove what killed processes left of some."""
+        paths = self.paths
+        self.owner = Owner(
+            paths.weights.with_suffix(".lock"),
+            f"{paths.weights.with_suffix('')}.*: wait for its end, or choose another --save_name",
+        )
+        if self.owner.is_certain:
+            for path in (paths.weights, paths.best):
+                sweep_partials(path.parent, f"{path.stem}.")
+            sweep_partials(paths.resume, "step-")
+
+    def close(self) -> None:
+        """Let another run write the files."""
+        if self.owner is not None:
+            self.owner.release()
 
     def _read_newest(self) -> tuple[dict | None, list[Path]]:
         """(the newest whole run state or None, the files up to it).

@@ -1,11 +1,10 @@
 """Where a run takes place: device, dtype, processes, seed, and how it is asked to stop."""
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -14,44 +13,14 @@ import torch.distributed as dist
 
 from common.device import choose_device
 from common.errors import UserError
+from common.owner import follow_parent
 from common.threads import describe_threads
 from trainer.config import TrainConfig
 from trainer.paths import find_dim
+from trainer.stop import StopSignal
 
 # Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
 GPU_STEPS_UNREAD = 16
-
-
-@dataclass
-class StopSignal:
-    """Remembers Ctrl-C and SIGTERM until the loop asks (on a GPU not after every step)."""
-
-    number: int = signal.SIGTERM  # stays if another rank got it
-    is_requested: bool = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Receive the signals during this block; a second Ctrl-C stops at once."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = [handle_signal(number, self._receive) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, previous):
-                if handler is not None:
-                    handle_signal(number, handler)
-
-    def _receive(self, number: int, frame) -> None:
-        self.number, self.is_requested = number, True
-        handle_signal(signal.SIGINT, signal.default_int_handler)
-
-
-def handle_signal(number: int, handler) -> object | None:
-    """signal.signal, or None where system or thread do not allow it (a notebook's threads)."""
-    try:
-        return signal.signal(number, handler)
-    except (ValueError, OSError):
-        return None
 
 
 @dataclass
@@ -191,6 +160,9 @@ def start_runtime(config: TrainConfig) -> Runtime:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if config.ddp and "RANK" not in os.environ:
         raise UserError("--ddp needs torchrun: torchrun --nproc_per_node N train_….py …")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A rank whose torchrun was killed would train on, beside the run that takes its place.
+        follow_parent()
     device = _choose_device(config.device)
     if world_size > 1 and not dist.is_initialized():
         if device.type != "cpu":
