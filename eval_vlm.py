@@ -10,6 +10,7 @@ python eval_vlm.py --data rows.jsonl --images_path folder  # loss and exact-answ
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # The published questions about one picture, and about several.
 PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一下两张图像的异同点。"
+# Of --chat.
+COMMANDS = "/image FILE adds a picture, /new starts anew, /exit ends"
 
 
 def main() -> None:
@@ -128,32 +131,34 @@ def print_answer(config: EvalConfig, chat: Chat, prompt: str, pictures: list) ->
 
 
 def converse(config: EvalConfig, vlm: VLM) -> None:
-    """Answer what is typed until /exit, or the end of the input."""
-    print("Ask away. /image FILE adds a picture, /new starts anew, /exit ends.")
-    chat, new_pictures = vlm.start_chat(), list(config.image)
+    """Answer what is typed until /exit, or the end of the input; a mistake costs one line."""
+    from inference.chat import PICTURE_SIDE
+    from model.image import load_image
+
+    # what cannot be read as UTF-8 costs a letter
+    sys.stdin.reconfigure(errors="replace")
+    print(f"Ask away. {COMMANDS}.")
+    chat, new_pictures = vlm.start_chat(), [load_image(path, PICTURE_SIDE) for path in config.image]
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             return
-        if line == "/exit":
-            return
-        if line == "/new":
-            chat, new_pictures = vlm.start_chat(), []
-        elif line.startswith("/image "):
-            path = line.removeprefix("/image ").strip()
-            if Path(path).is_file():
-                new_pictures.append(path)
+        try:
+            if line == "/exit":
+                return
+            if line == "/new":
+                chat, new_pictures = vlm.start_chat(), []
+            elif line.startswith("/image "):
+                path = line.removeprefix("/image ").strip()
+                new_pictures.append(load_image(path, PICTURE_SIDE))
+            elif line.startswith("/") or not line:
+                print(COMMANDS)
             else:
-                print(f"no file {path}")
-        elif line.startswith("/"):
-            print("/image FILE adds a picture, /new starts anew, /exit ends")
-        elif line:
-            try:
                 print_answer(config, chat, line, new_pictures)
-            except UserError as error:
-                print(error)
-            new_pictures = []
+                new_pictures = []
+        except UserError as error:
+            print(error)
 
 
 def measure(config: EvalConfig, vlm: VLM) -> None:

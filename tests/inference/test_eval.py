@@ -130,7 +130,37 @@ def test_chat_keeps_the_picture(setup):
         "eval_vlm.py", *flags, "--chat", "--image", folder / "pictures/a.png", input=typed
     )
     assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 4, finished.stdout
-    assert "no file nothing.png" in finished.stdout
+    assert "image missing: nothing.png" in finished.stdout
+
+
+def test_a_mistake_in_a_dialogue_costs_one_line(setup):
+    """A damaged picture, a folder, a blank line, too long a question; the good picture waits."""
+    folder, flags = setup
+    (folder / "damaged.png").write_bytes((folder / "pictures/a.png").read_bytes()[:60])
+    mistakes = [f"/image {folder}/damaged.png", f"/image {folder}", "/image x\0y", " ", "a" * 10**5]
+    typed = "\n".join([f"/image {folder}/pictures/a.png", *mistakes, "And now?", "/exit"])
+    finished = run_script("eval_vlm.py", *flags, "--chat", input=typed)
+    assert finished.returncode == 0 and "Traceback" not in finished.stdout
+    said = finished.stdout.split("> ")
+    assert len(said) == len(mistakes) + 4 and finished.stdout.count("tokens/s") == 1
+    for line, message in zip(
+        said[2:],
+        ("image damaged", "image is no file", "image missing", "/image FILE adds", "shorten it"),
+    ):
+        assert message in line and len(line.splitlines()) == 1
+
+
+def test_generate_names_both_numbers_and_cuts_a_long_answer(model):
+    with pytest.raises(UserError, match="prompt has 600 tokens but max_seq_len is 512"):
+        model.generate(torch.full((1, 600), 5))
+    tokens = model.generate(torch.full((1, 505), 5), max_new_tokens=10**9, eos_token_id=-1)
+    assert tokens.shape == (1, 512)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-310, 1e-6, 1e9, float("inf")])
+def test_any_temperature_gives_tokens(model, temperature):
+    tokens = model.generate(torch.full((1, 5), 5), max_new_tokens=3, temperature=temperature)
+    assert set(tokens.flatten().tolist()) <= set(range(672))
 
 
 def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
