@@ -1,13 +1,10 @@
 """Where rows and pictures may come from: archives, Parquet files, several sources at once."""
 
-import contextlib
 import io
 import json
 import multiprocessing
 import os
 import pickle
-import struct
-import zipfile
 from collections import Counter
 from fractions import Fraction
 
@@ -19,11 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadSampleError, MissingFileError, UserError
-from dataset import images
 from dataset.images import ImageFolder, ImageZip, open_images
 from dataset.mixture import find_sources, open_data, repeat_rows, split_weight
 from dataset.parquet_rows import ParquetRows, copy_to_arrow
-from tests.helpers import picture, run_script, write_rows
+from tests.helpers import picture, run_script, write_rows, write_zip
 from trainer.sampler import StepSampler
 
 
@@ -39,13 +35,6 @@ def row(name: str | None, answer: str) -> dict:
     return {"conversations": turns} | ({"image": name} if name else {})
 
 
-def write_zip(path, entries: dict[str, bytes], method: int = zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    return path
-
-
 def write_parquet(path, rows: list[tuple[str, list[bytes]]], **options):
     texts = [
         json.dumps([{"content": "<image>" * len(pictures) + "?"}, {"content": text}])
@@ -54,222 +43,6 @@ def write_parquet(path, rows: list[tuple[str, list[bytes]]], **options):
     table = pa.table({"conversations": texts, "image_bytes": [pictures for _, pictures in rows]})
     parquet.write_table(table, path, **options)
     return path
-
-
-names = st.text(
-    st.characters(exclude_characters="/\\\0:", exclude_categories=("Cs",)), min_size=1, max_size=12
-).filter(lambda name: name not in (".", ".."))
-
-
-def has(images, name: str) -> bool:
-    try:
-        images.check(name)
-    except BadSampleError as error:
-        assert error.args[0] == "image missing"
-        return False
-    return True
-
-
-@given(
-    st.dictionaries(names, st.binary(max_size=300), max_size=8),
-    st.sampled_from(["", "images/"]),
-    st.booleans(),
-)
-def test_a_zip_gives_what_was_put_in(tmp_path_factory, content, folder, packed):
-    """By the names that rows use: without a folder that all entries share."""
-    path = tmp_path_factory.mktemp("zip") / "images.zip"
-    write_zip(path, {folder + name: one for name, one in content.items()}, 8 if packed else 0)
-    archive = ImageZip(path)
-    for name, one in content.items():
-        assert has(archive, name) and archive.find(name).getvalue() == one
-    assert not has(archive, "no such name") and archive.count() == len(content)
-
-
-def test_folders_in_an_archive_and_what_a_mac_adds(tmp_path):
-    entries = {"top/a.jpg": b"a", "top/sub/b.jpg": b"b", "top/": b"", "__MACOSX/top/._a.jpg": b"?"}
-    archive = ImageZip(write_zip(tmp_path / "images.zip", entries))
-    assert archive.find("a.jpg").read() == b"a" and archive.find("sub/b.jpg").read() == b"b"
-    assert len(archive.entries) == 2
-    apart = ImageZip(write_zip(tmp_path / "apart.zip", {"x/a.jpg": b"a", "y/a.jpg": b"b"}))
-    assert apart.find("x/a.jpg").read() == b"a" and apart.find("y/a.jpg").read() == b"b"
-
-
-def test_an_archive_of_more_than_65535_entries(tmp_path, monkeypatch):
-    """ZIP64, as the published ones are; the index is cached, and dropped when the file changes."""
-    path = write_zip(tmp_path / "images.zip", {f"images/{n}.jpg": b"%d" % n for n in range(70_000)})
-    archive = ImageZip(path)
-    assert archive.find("69999.jpg").read() == b"69999" and archive.find("0.jpg").read() == b"0"
-    parsed = []
-    monkeypatch.setattr(images, "list_entries", lambda path: parsed.append(path))
-    again = ImageZip(path)
-    assert (
-        isinstance(again.entries, np.memmap)
-        and not parsed
-        and again.find("69999.jpg").read() == b"69999"
-    )
-    assert len(pickle.dumps(again)) < 5_000_000
-    monkeypatch.undo()
-    write_zip(path, {"images/new.jpg": b"new"})
-    assert ImageZip(path).find("new.jpg").read() == b"new"
-
-
-def test_a_large_entry_has_zip64_sizes(tmp_path):
-    with (
-        zipfile.ZipFile(tmp_path / "images.zip", "w") as archive,
-        archive.open("a.jpg", "w", force_zip64=True) as file,
-    ):
-        file.write(b"picture")
-    assert ImageZip(tmp_path / "images.zip").find("a.jpg").read() == b"picture"
-
-
-def test_sizes_and_offsets_that_are_in_the_zip64_field(tmp_path):
-    """The directory of an archive over 4 GB says 0xFFFFFFFF; the true figures are in a field."""
-    path = write_zip(tmp_path / "images.zip", {"a.jpg": b"picture"})
-    whole = path.read_bytes()
-    at, end = whole.find(b"PK\x01\x02"), whole.find(b"PK\x05\x06")
-    record = bytearray(whole[at:end])
-    extra = struct.pack("<HHQQQ", 1, 24, 7, 7, 0)
-    record[20:28] = b"\xff" * 8
-    record[42:46] = b"\xff" * 4
-    record[30:32] = struct.pack("<H", len(extra))
-    tail = bytearray(whole[end:])
-    tail[12:16] = struct.pack("<I", len(record) + len(extra))
-    path.write_bytes(whole[:at] + record + extra + tail)
-    assert ImageZip(path).find("a.jpg").read() == b"picture"
-    entry = images.list_entries(path)[0]
-    assert (entry["size"], entry["packed"], entry["offset"]) == (7, 7, 0)
-
-
-def test_names_that_do_not_say_which_alphabet_they_are_in(tmp_path):
-    """Many archives hold UTF-8 names without the flag for it."""
-    path = write_zip(tmp_path / "images.zip", {"图片.jpg": b"a", "é.jpg": b"b", "c.jpg": b"c"})
-    content = bytearray(path.read_bytes())
-    for magic, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
-        at = content.find(magic)
-        while at >= 0:
-            content[at + flags : at + flags + 2] = b"\0\0"
-            at = content.find(magic, at + 1)
-    path.write_bytes(content)
-    archive = ImageZip(path)
-    assert [archive.find(name).read() for name in ("图片.jpg", "é.jpg", "c.jpg")] == [
-        b"a",
-        b"b",
-        b"c",
-    ]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_one_rule_for_names_on_any_system(tmp_path, packed):
-    """Folders may be written with backslashes; only ".." and absolute paths leave the folder."""
-    (tmp_path / "images/sub").mkdir(parents=True)
-    (tmp_path / "images/sub/a.jpg").write_bytes(b"a")
-    (tmp_path / "images/b.jpg").write_bytes(b"b")
-    (tmp_path / "secret.jpg").write_bytes(b"secret")
-    source = ImageFolder(tmp_path / "images")
-    if packed:
-        source = ImageZip(write_zip(tmp_path / "x.zip", {"sub\\a.jpg": b"a", "b.jpg": b"b"}))
-
-    def read(name: str) -> bytes:
-        source.check(name)
-        found = source.find(name)
-        return found.read() if packed else found.read_bytes()
-
-    inside = ["sub/a.jpg", r"sub\a.jpg", "./sub/a.jpg", "sub//a.jpg", r".\sub\..\sub\a.jpg"]
-    assert [read(name) for name in inside] == [b"a"] * 5 and read(r".\b.jpg") == b"b"
-    outside = [r"..\secret.jpg", "../secret.jpg", "sub/../../secret.jpg", "..", "/etc/passwd"]
-    outside += [r"C:\a.jpg", "c:/a.jpg", "C:a.jpg", r"\\server\share\a.jpg", r"\a.jpg"]
-    for name in outside:
-        for ask in (source.check, source.find):
-            with pytest.raises(BadSampleError, match="image path leaves its folder"):
-                ask(name)
-    assert not has(source, "sub/none.jpg") and not has(source, ".")
-    with pytest.raises(BadSampleError, match="image is no name"):
-        source.check("a\0.jpg")
-
-
-def test_a_folder_is_listed_once_and_its_names_stay_behind(tmp_path, monkeypatch):
-    for number in range(300):
-        (tmp_path / f"{number}.jpg").touch()
-    folder = ImageFolder(tmp_path)
-    listings = []
-    listdir = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listings.append(path) or listdir(path))
-    monkeypatch.setattr(os.path, "isfile", lambda path: pytest.fail("asked for a listed file"))
-    assert all(has(folder, f"{number}.jpg") for number in range(300)) and folder.count() == 300
-    assert len(listings) == 1
-    monkeypatch.undo()
-    assert len(pickle.dumps(folder)) < 300 and pickle.loads(pickle.dumps(folder)).path == tmp_path
-    (tmp_path / "late.jpg").touch()
-    assert has(folder, "late.jpg") and not has(folder, "none.jpg")
-    assert ImageFolder(tmp_path / "nothing").count() == 0
-
-
-@given(st.data())
-def test_an_archive_with_any_bytes_changed_is_read_right_or_refused(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "changed.zip"
-    entries = {f"images/{n}.jpg": bytes([n]) * 40 for n in range(4)}
-    content = bytearray(write_zip(path, entries, data.draw(st.sampled_from([0, 8]))).read_bytes())
-    for _ in range(data.draw(st.integers(1, 6))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] or content)
-    try:
-        archive = ImageZip(path)
-    except UserError as error:
-        assert "is no whole .zip" in str(error) and "\n" not in str(error)
-        return
-    for name, expected in entries.items():
-        try:
-            found = archive.find(name.removeprefix("images/")).read()
-        except BadSampleError:
-            continue
-        assert found == expected
-
-
-def test_a_hostile_or_damaged_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100_000)
-    bomb = write_zip(
-        tmp_path / "bomb.zip", {"a.jpg": bytes(10**7), "b.jpg": bytes(50_000)}, zipfile.ZIP_DEFLATED
-    )
-    with pytest.raises(BadSampleError, match="image too large"):
-        ImageZip(bomb).find("a.jpg")
-    lying = bytearray(bomb.read_bytes())
-    at = lying.find(b"PK\x01\x02")
-    # The directory says that ten million bytes are a thousand.
-    lying[at + 24 : at + 28] = struct.pack("<I", 1000)
-    (tmp_path / "lying.zip").write_bytes(lying)
-    with pytest.raises(BadSampleError, match="image damaged"):
-        ImageZip(tmp_path / "lying.zip").find("a.jpg")
-    flipped = bytearray(
-        write_zip(tmp_path / "plain.zip", {"a.jpg": b"some bytes of a picture"}).read_bytes()
-    )
-    flipped[45] ^= 1
-    (tmp_path / "plain.zip").write_bytes(flipped)
-    with pytest.raises(BadSampleError, match="checksum"):
-        ImageZip(tmp_path / "plain.zip").find("a.jpg")
-    for name, content in (
-        ("cut.zip", bomb.read_bytes()[:-30]),
-        ("none.zip", b"no archive"),
-        ("empty.zip", b""),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"is no whole \.zip .*fetch it again"):
-            ImageZip(tmp_path / name)
-
-
-@given(st.one_of(st.text(max_size=40), st.text(st.sampled_from("./a\0"), max_size=600)))
-def test_any_name_is_inside_the_folder_or_a_reason(tmp_path_factory, name):
-    folder = tmp_path_factory.getbasetemp() / "pictures"
-    folder.mkdir(exist_ok=True)
-    source = ImageFolder(folder)
-    try:
-        found = [source.find(one) for one in images.split_names(name)]
-    except BadSampleError:
-        return
-    assert all(os.path.normpath(path).startswith(str(folder.resolve())) for path in found)
-    with contextlib.suppress(BadSampleError):
-        for one in images.split_names(name):
-            source.check(one)
-            assert source.find(one).is_file()
 
 
 def test_rows_with_a_packed_folder_train(tmp_path, processor):

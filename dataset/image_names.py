@@ -1,0 +1,69 @@
+"""Names of pictures: what a row may name, and which file it may have meant."""
+
+import posixpath
+import re
+import unicodedata
+from collections.abc import Iterable
+from itertools import islice
+from urllib.parse import unquote
+
+from common.errors import BadSampleError
+
+SUFFIX = re.compile(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|dds)$", re.IGNORECASE)
+# What systems put beside pictures.
+JUNK = re.compile(
+    rb"(^|/)(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$", re.IGNORECASE | re.DOTALL
+)
+# Files among which the meant one is sought at most: a few seconds, some 200 MB.
+MOST_NAMES = 1_000_000
+
+
+def normalize_name(name: str) -> str:
+    """A name in a row as "sub/a.jpg" on any system, also of "sub\\\\a.jpg" or "./sub/a.jpg".
+
+    BadSampleError for one that leaves its folder: by "..", or absolute such as "C:\\\\a.jpg".
+    """
+    path = posixpath.normpath(name.replace("\\", "/"))
+    if path == ".." or path.startswith(("../", "/")) or re.match("[A-Za-z]:", path):
+        raise BadSampleError("image path leaves its folder", name)
+    if "\0" in path:
+        raise BadSampleError("image is no name", repr(name)[:200])
+    return path
+
+
+def spell(name: str, folder: str) -> list[str]:
+    """The ways in which one name may be written, the name itself first.
+
+    An accent is a part of its letter or, on a Mac, a character behind it; and a name may begin
+    with the name of the very folder that it is in.
+    """
+    inner = name.removeprefix(f"{folder}/")
+    spellings = [name] if inner == name else [name, inner]
+    if name.isascii():
+        return spellings
+    forms = (unicodedata.normalize(form, one) for one in spellings for form in ("NFC", "NFD"))
+    return list(dict.fromkeys([*spellings, *forms]))
+
+
+class NearMisses:
+    """Files by a name without case, spaces, suffix and folders: what a missing one was meant to be.
+
+    Args:
+        names: of the files that there are, such as "sub/a.jpg".
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self.names: dict[str, str] = {}
+        for name in islice(names, MOST_NAMES):
+            self.names.setdefault(_loosen(name), name)
+            self.names.setdefault(_loosen(posixpath.basename(name)), name)
+
+    def explain(self, name: str) -> str:
+        """ "a.jpg: there is A.JPG", or only the name."""
+        near = self.names.get(_loosen(name)) or self.names.get(_loosen(posixpath.basename(name)))
+        return f"{name}: there is {near}" if near else name
+
+
+def _loosen(name: str) -> str:
+    name = unicodedata.normalize("NFKC", unquote(name)).casefold().replace("\\", "/")
+    return re.sub(r"\s", "", SUFFIX.sub("", name.strip()))
