@@ -12,7 +12,7 @@ from common.errors import run_command
 from common.flags import parse_flags
 from dataset.mixture import check_sources, open_train_and_val
 from trainer.config import TrainConfig
-from trainer.paths import find_parts
+from trainer.paths import check_output, find_parts
 
 DEFAULTS = TrainConfig(
     init_weights="lm",
@@ -32,6 +32,7 @@ def main() -> None:
     # Flags and files are checked before PyTorch and transformers, which take seconds to import.
     config = parse_flags(DEFAULTS, __doc__)
     find_parts(config)
+    check_output(config)
     check_sources(config)
     from trainer.build import build_model, set_trainable
     from trainer.loop import train

@@ -1,10 +1,13 @@
 """Where a run starts from and where it leaves what; nothing heavy is imported here."""
 
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import MissingFileError
+from common.errors import MissingFileError, UserError
 from model.files import (
     DEFAULT_DIM,
     TOKENIZER_PATH,
@@ -16,6 +19,9 @@ from model.files import (
     weights_path,
 )
 from trainer.config import TrainConfig
+
+# What log and curve of a run take at least, in bytes.
+LEAST_OUTPUT = 1_000_000
 
 
 class RunPaths(NamedTuple):
@@ -41,9 +47,53 @@ def run_paths(config: TrainConfig, dim: int) -> RunPaths:
     )
 
 
+def check_output(config: TrainConfig) -> None:
+    """Make --out_dir; UserError where the files of the run cannot be written there."""
+    # names
+    name, folder = config.save_name, Path(config.out_dir)
+    if not name.isprintable() or not re.fullmatch(r"[^/\\]+", name):
+        raise UserError(f"--save_name is {name!r:.60}: give a name, the folder is --out_dir")
+    paths = run_paths(config, find_dim(config))
+
+    # the folder, and room for the beginning
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        most = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(LEAST_OUTPUT))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(
+            f"cannot write in {folder} ({reason}): free some space, or choose another --out_dir"
+        ) from error
+
+    # While a file is written it has a longer name, see `atomic_write`.
+    longest = max(len(os.fsencode(path.name)) for path in paths) + len(".1234567..partial")
+    if longest > most:
+        raise UserError(
+            f"--save_name has {len(os.fsencode(name))} bytes: a file's name has at most {most} "
+            f"here, so {len(os.fsencode(name)) - longest + most} are left for it"
+        )
+    for path in (paths.weights, paths.best, paths.log, paths.curve):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: move it away, or choose another --save_name")
+
+
+def check_space(config: TrainConfig, n_bytes: int) -> None:
+    """UserError where the disk of --out_dir has not that much space left."""
+    free = shutil.disk_usage(config.out_dir).free
+    if n_bytes > free:
+        raise UserError(
+            f"a save takes {n_bytes / 1e9:.2f} GB or more and {config.out_dir} has "
+            f"{free / 1e9:.2f} GB left: free some space, or choose another --out_dir"
+        )
+
+
 def list_run_states(folder: Path) -> list[Path]:
     """The run states in a .resume folder, oldest first."""
-    files = folder.glob("step-*.pth")
+    files = [path for path in folder.glob("step-*.pth") if path.is_file()]
     return sorted(path for path in files if re.fullmatch(r"step-\d+\.pth", path.name))
 
 
