@@ -11,17 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.files import atomic_write, write_text
+from common.files import write_text
 from model.files import find_weights, info_path, read_info
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
+from model.tensor_files import check_numbers, read_tensors, refusing_damage, save_atomically
 
 PROJECTOR = "vision_proj."
 # Buffers and CLIP weights, which some published files carry.
 _IGNORED = re.compile(r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\.")
+# What a network was wrapped in when it was saved: DistributedDataParallel, torch.compile.
+_WRAPPERS = re.compile(r"^module\.|\b_orig_mod\.")
+# Where a state dict lies in what others, and our own run states, save as one file.
+_STATE_DICT_KEYS = ("weights", "model", "state_dict", "model_state_dict", "module")
 # What may differ between a file and the model: no weight depends on it.
 FREE_SIZES = ("max_seq_len", "dropout", "multiple_of")
 
@@ -55,56 +59,43 @@ def save_weights(model: MiniMindLM, path: Path, **facts) -> None:
     save_atomically(select_weights(model), path)
 
 
-def save_atomically(payload: object, path: Path) -> None:
-    """torch.save that leaves the old file or the whole new one, whenever the process stops."""
-    with atomic_write(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            # The death of a loader worker is raised wherever the main process happens to be.
-            if "DataLoader worker" in str(error):
-                raise
-            # PyTorch reports a full disk as RuntimeError.
-            raise OSError(str(error)) from error
-
-
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth or .safetensors file, without the buffers some published files carry.
 
-    MissingFileError, or UserError for a file that is cut off or holds anything but tensors.
+    Those of a network that was wrapped (`module.`, `_orig_mod.`) get its own names; in a file that
+    holds more than them, such as a run state, they are found. MissingFileError, or UserError for a
+    file that is damaged, holds anything but tensors, or holds nan or infinity.
     """
-    weights = read_tensors(find_weights(path))
-    is_state_dict = isinstance(weights, Mapping) and all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    )
-    if not is_state_dict:
+    content = read_tensors(find_weights(path))
+    weights = find_state_dict(content)
+    if weights is None:
         raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
-    return {name: weight for name, weight in weights.items() if not _IGNORED.search(name)}
+    named = {_WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
+    kept = {name: weight for name, weight in named.items() if not _IGNORED.search(name)}
+    with refusing_damage(path):
+        check_numbers(kept, path)
+    return kept
 
 
-def read_tensors(path: Path) -> dict:
-    """What a .pth or .safetensors file holds: tensors, numbers, text. No code of it is run.
-
-    UserError where it is cut off or holds anything else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Any bytes can be read as a pickle, which then raises errors of any kind.
-        raise UserError(
-            f"{path} is damaged or not a weights file ({type(error).__name__}): "
-            "fetch or train it again"
-        ) from error
+def find_state_dict(content: object) -> Mapping[str, torch.Tensor] | None:
+    """The mapping of names to tensors that `content` is, or has under a usual key; else None."""
+    if not isinstance(content, Mapping):
+        return None
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    inner = (content[key] for key in _STATE_DICT_KEYS if key in content)
+    return next(filter(None, map(find_state_dict, inner)), None)
 
 
 def read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, int]:
     """dim, n_layers, vocab_size and hidden_dim, read off the tensors of a state dict."""
     embeddings = weights.get("tok_embeddings.weight")
     layers = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)]
+    if "model.embed_tokens.weight" in weights:
+        raise UserError(
+            f"{source} is of the newer MiniMind (model.embed_tokens …), another network: take the "
+            "weights of early 2025, `python -m scripts.download lm-512` fetches them"
+        )
     if embeddings is None or embeddings.ndim != 2 or not layers:
         raise UserError(
             f"{source} holds no MiniMind language model: its keys are "

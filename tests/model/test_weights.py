@@ -2,17 +2,22 @@
 
 import os
 import pickle
+import re
+import zipfile
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.serialization import set_crc32_options
 
 from common.errors import MissingFileError, UserError
 from model.files import info_path, read_info
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 from model.model_vlm import MiniMindVLM
+from model.tensor_files import write_digest
 from model.weights import load_weights, read_weights, save_atomically, save_weights, select_weights
 from tests.helpers import small_model
 
@@ -193,3 +198,120 @@ def test_a_misspelt_size_is_an_error(config_class):
     # What transformers writes into every config.json comes back without a complaint.
     config = config_class(dim=64, n_layers=3)
     assert config_class.from_dict(config.to_dict()).n_layers == 3
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: {f"module.{name}": weight for name, weight in weights.items()},
+        lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()},
+        lambda weights: {f"module._orig_mod.{name}": weight for name, weight in weights.items()},
+        # torch.compile of each block
+        lambda weights: {
+            re.sub(r"^(layers\.\d+)\.", r"\1._orig_mod.", name): weight
+            for name, weight in weights.items()
+        },
+        lambda weights: {"model": weights, "epoch": 3},
+        lambda weights: {"state_dict": {f"module.{name}": w for name, w in weights.items()}},
+        lambda weights: {"optimizer": {"state": {}}, "weights": weights, "run": {"seed": 1}},
+    ],
+)
+def test_what_a_network_was_wrapped_in_is_taken_off(tmp_path, wrap):
+    weights = select_weights(small_model(seed=1))
+    torch.save(wrap(weights), tmp_path / "wrapped.pth")
+    read = read_weights(tmp_path / "wrapped.pth")
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_the_newer_minimind_is_named(tmp_path):
+    names = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"]
+    torch.save(dict.fromkeys(names, torch.ones(8, 8)), tmp_path / "llm_512.pth")
+    with pytest.raises(UserError, match="is of the newer MiniMind .* fetches them"):
+        load_weights(small_model(), read_weights(tmp_path / "llm_512.pth"), "llm_512.pth")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, number, dtype):
+    weights = select_weights(small_model())
+    weights["layers.1.attention.wq.weight"] = torch.full((64, 64), number, dtype=dtype)
+    # Masks that some published files carry are full of it.
+    weights["layers.0.attention.mask"] = torch.full((8, 8), -float("inf"))
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"layers.1.attention.wq.weight in .*/x.pth holds nan or"):
+        read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**12),
+        torch.eye(3).to_sparse(),
+        torch.empty(10**12, device="meta"),
+    ],
+    ids=["endless", "sparse", "empty"],
+)
+def test_a_tensor_that_is_no_plain_one_is_refused_before_it_takes_memory(tmp_path, tensor):
+    torch.save({"tok_embeddings.weight": tensor}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is no plain tensor|is damaged or not a weights file"):
+        read_weights(tmp_path / "x.pth")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_one_bit_that_is_not_as_written_changes_nothing_or_is_found(tmp_path_factory, data):
+    """Where it stands in padding or in a date of the archive it harms nothing."""
+    folder = tmp_path_factory.mktemp("bits")
+    weights = {"a": torch.arange(300.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)}
+    save_atomically(weights, folder / "x.pth")
+    content = bytearray((folder / "x.pth").read_bytes())
+    position = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[position // 8] ^= 1 << position % 8
+    (folder / "x.pth").write_bytes(content)
+    try:
+        read = read_weights(folder / "x.pth")
+    except UserError as error:
+        assert "is damaged or not a weights file" in str(error) and "\n" not in str(error)
+    else:
+        assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_a_bit_of_a_number_is_found_in_each_kind_of_file(tmp_path):
+    number = torch.full((1000,), 7.0)
+    torch.save({"a": number}, tmp_path / "x.pth")
+    save_file({"a": number}, tmp_path / "x.safetensors")
+    write_digest(tmp_path / "x.safetensors")
+    for name in ("x.pth", "x.safetensors"):
+        path = tmp_path / name
+        assert torch.equal(read_weights(path)["a"], number)
+        content = bytearray(path.read_bytes())
+        content[content.index(number.numpy().tobytes()) + 400] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged|is not the file that x.safetensors.sha256"):
+            read_weights(path)
+
+
+def test_files_without_checksums_load_as_ever(tmp_path):
+    """Of old PyTorch, of one that was told to write none, and .safetensors of a hub."""
+    number = torch.full((1000,), 7.0)
+    torch.save({"a": number}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    set_crc32_options(False)
+    torch.save({"a": number}, tmp_path / "none.pth")
+    set_crc32_options(True)
+    save_file({"a": number}, tmp_path / "hub.safetensors")
+    for name in ("old.pth", "none.pth", "hub.safetensors"):
+        assert torch.equal(read_weights(tmp_path / name)["a"], number)
+
+
+def test_an_archive_that_is_packed_is_not_unpacked(tmp_path):
+    """1 MB of zeros may be a thousand times as much."""
+    torch.save({"a": torch.zeros(2**18)}, tmp_path / "x.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pth") as source,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in source.infolist():
+            packed.writestr(entry.filename, source.read(entry))
+    with pytest.raises(UserError, match="is damaged or not a weights file"):
+        read_weights(tmp_path / "packed.pth")

@@ -1,0 +1,122 @@
+"""Files of tensors: written whole, read without running code, and as they were written.
+
+A .pth is a zip archive, whose entries have checksums; a .safetensors file may have its SHA-256
+beside it.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.files import atomic_write, write_text
+
+CHUNK = 2**20  # bytes that are read at a time
+
+
+def save_atomically(payload: object, path: Path) -> None:
+    """torch.save that leaves the old file or the whole new one, whenever the process stops."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:
+            # The death of a loader worker is raised wherever the main process happens to be.
+            if "DataLoader worker" in str(error):
+                raise
+            # PyTorch reports a full disk as RuntimeError.
+            raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path) -> dict:
+    """What a .pth or .safetensors file holds: tensors, numbers, text. No code of it is run.
+
+    UserError where it is cut off, a bit of it is not as it was written (a .pth carries checksums,
+    other files may have a digest beside them, see `check_digest`), or it holds anything else.
+    """
+    with refusing_damage(path):
+        if path.suffix == ".safetensors":
+            check_digest(path)
+            return load_file(path)
+        # Files of before 2020 are no archives.
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def refusing_damage(path: str | Path) -> Iterator[None]:
+    """Turn the errors of reading a weights file into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # Any bytes can be read as a pickle, which then raises errors of any kind.
+        raise UserError(
+            f"{path} is damaged or not a weights file ({type(error).__name__}): "
+            "fetch or train it again"
+        ) from error
+
+
+def check_archive(path: Path) -> None:
+    """zipfile.BadZipFile unless each entry has the checksum it was written with; torch has none."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # PyTorch reads them as they are; what is packed could be of any size.
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{entry.filename} is packed")
+            # 0: written without one (torch.serialization.set_crc32_options).
+            if entry.CRC:
+                with archive.open(entry) as stream:
+                    while stream.read(CHUNK):
+                        pass
+
+
+def check_digest(path: Path) -> None:
+    """UserError unless a file is the one that PATH.sha256 beside it, if any, was made of.
+
+    A .safetensors file has no checksum of its own.
+    """
+    beside = digest_path(path)
+    if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [hash_file(path)]:
+        raise UserError(
+            f"{path} is not the file that {beside.name} was made of: fetch it again; if you have "
+            f"replaced it, remove {beside.name}"
+        )
+
+
+def write_digest(path: Path) -> None:
+    """Write PATH.sha256, as `sha256sum` does."""
+    write_text(digest_path(path), f"{hash_file(path)}  {path.name}\n")
+
+
+def digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal: what hubs publish."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_numbers(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """UserError that names a tensor with nan or infinity, or of another kind than weights have."""
+    for name, weight in weights.items():
+        # Strides of 0 make any size out of one number.
+        n_bytes = weight.numel() * weight.element_size()
+        if weight.layout != torch.strided or weight.untyped_storage().nbytes() < n_bytes:
+            raise UserError(f"{name:.200} in {path} is no plain tensor: fetch or train it again")
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{name:.200} in {path} holds nan or infinity: training has failed there, take "
+                "earlier weights"
+            )
