@@ -10,7 +10,8 @@ python eval_vlm.py --data rows.jsonl --images_path folder  # loss and exact-answ
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,13 @@ from model.files import read_info
 if TYPE_CHECKING:
     from inference import VLM
     from inference.chat import Chat
-    from inference.evaluate import Question
+    from inference.questions import Question
 
 PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # The published questions about one picture, and about several.
 PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一下两张图像的异同点。"
+# Lines of accuracy that are printed: all of them, but for sets that have a type for each row.
+MAX_TYPES = 30
 # Of --chat.
 COMMANDS = "/image FILE adds a picture, /new starts anew, /exit ends"
 
@@ -135,8 +138,6 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
     from inference.chat import PICTURE_SIDE
     from model.image import load_image
 
-    # what cannot be read as UTF-8 costs a letter
-    sys.stdin.reconfigure(errors="replace")
     print(f"Ask away. {COMMANDS}.")
     chat, new_pictures = vlm.start_chat(), [load_image(path, PICTURE_SIDE) for path in config.image]
     while True:
@@ -163,52 +164,87 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
 
 def measure(config: EvalConfig, vlm: VLM) -> None:
     """Print loss and accuracy on rows with known answers."""
-    from inference import evaluate
+    from inference.evaluate import Evaluation
+    from inference.questions import collect_questions, measure_accuracy
 
     # read
     max_length = vlm.model.config.max_seq_len
     dataset = open_data(config.data, config.images_path, vlm.processor, max_length)
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
-    questions, left_out = evaluate.collect_questions(dataset)
-    pictures = evaluate.PictureEncoder(vlm)
+    evaluation = Evaluation(vlm, dataset, config.batch_size, **config.sampling)
+    questions = list(collect_questions(dataset, evaluation.left_out))
 
-    # ask; a question that cannot be asked with one choice of images counts for none
-    for images in config.show_images:
-        left_out += evaluate.answer_questions(vlm, questions, images, config.batch_size, pictures)
-        questions = [question for question in questions if images in question.given]
-    if left_out:
-        print(f"not asked: {list_reasons(left_out)}")
-    if not questions:
-        raise UserError(f"no question of {' '.join(config.data)} could be asked")
+    with save_answers(config.save_report) as save_answer:
+        # ask; a question that cannot be asked with one choice of images counts for none
+        for images in config.show_images:
+            for question in evaluation.answer(questions, images):
+                save_answer(question, images)
+            questions = [question for question in questions if images in question.given]
+        if evaluation.left_out.reasons:
+            print(f"not asked: {evaluation.left_out}")
+        if not questions:
+            raise UserError(f"no question of {' '.join(config.data)} could be asked")
 
-    # score; the loss belongs to the right images only
-    reports = {
-        images: {
-            "images": images,
-            "questions": len(questions),
-            "accuracy": evaluate.measure_accuracy(questions, images),
+        # score; the loss belongs to the right images only
+        reports = {
+            images: {
+                "images": images,
+                "questions": len(questions),
+                "accuracy": measure_accuracy(questions, images),
+            }
+            for images in config.show_images
         }
-        for images in config.show_images
-    }
-    if "right" in reports:
-        loss = evaluate.measure_loss(vlm, dataset, config.batch_size, pictures)
-        reports["right"]["loss"] = loss
-        print(f"loss: {loss:.4f} nats a label token")
-    for kind in reports[config.show_images[0]]["accuracy"]:
+        if "right" in reports:
+            reports["right"]["loss"] = evaluation.measure_loss()
+            print(f"loss: {reports['right']['loss']:.4f} nats a label token")
+        print_accuracy(reports)
+
+        # report
+        if config.save_report:
+            for images, report in reports.items():
+                report["answers"] = [describe_answer(question, images) for question in questions]
+            content = reports if len(reports) > 1 else reports[config.show_images[0]]
+            write_text(Path(config.save_report), json.dumps(content, ensure_ascii=False, indent=1))
+            print(f"report: {config.save_report}")
+
+
+@contextmanager
+def save_answers(report: str | None) -> Iterator[Callable[[Question, str], None]]:
+    """What writes each answer to a file as it comes, until the report holds them all.
+
+    The file is NAME.answers.jsonl beside the report NAME.json; without a report there is none.
+    """
+    if not report:
+        yield lambda question, images: None
+        return
+    path = Path(report).with_suffix(".answers.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+
+        def save(question: Question, images: str) -> None:
+            answer = {"shown": images, **describe_answer(question, images)}
+            print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
+
+        try:
+            yield save
+        except BaseException:
+            print(f"answers so far: {path}", flush=True)
+            raise
+    path.unlink()
+
+
+def print_accuracy(reports: dict[str, dict]) -> None:
+    """A line for all questions together, and one for each type, of the first MAX_TYPES."""
+    types = list(next(iter(reports.values()))["accuracy"])
+    for kind in types[:MAX_TYPES]:
         shares = [f"{100 * report['accuracy'][kind]:.1f} %" for report in reports.values()]
         if len(shares) > 1:
             names = ["no" if images == "none" else images for images in reports]
             shares = [f"{share} {name} image" for share, name in zip(shares, names)]
         print(f"exact answers, {kind}: {', '.join(shares)}")
-
-    # report
-    if config.save_report:
-        for images, report in reports.items():
-            report["answers"] = [describe_answer(question, images) for question in questions]
-        content = reports if len(reports) > 1 else reports[config.show_images[0]]
-        write_text(Path(config.save_report), json.dumps(content, ensure_ascii=False, indent=1))
-        print(f"report: {config.save_report}")
+    if len(types) > MAX_TYPES:
+        print(f"{len(types) - MAX_TYPES} more types: --save_report FILE has them all")
 
 
 def describe_answer(question: Question, images: str) -> dict:
@@ -219,7 +255,7 @@ def describe_answer(question: Question, images: str) -> dict:
         "answer": question.answer,
         "given": question.given[images],
         "is_right": question.is_right(images),
-        "images": [str(image) for image in question.images],
+        "images": list(question.images),
     }
 
 

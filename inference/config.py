@@ -108,6 +108,23 @@ class EvalConfig(AskConfig):
         *AskConfig.published,
     )
 
+    # What --data changes; the other options are those of AskConfig.
+    temperature: float | None = option(
+        None,
+        "0 takes the likeliest token, larger numbers give rarer ones a chance; if not given, 0.65, "
+        "and 0 with --data, where the same command then always measures the same",
+        least=0,
+        most=100,
+        group="answers",
+    )
+    max_new_tokens: int = option(
+        512,
+        "longest answer, in tokens; with --data an answer also ends where it is twice as long as "
+        "the right one",
+        least=1,
+        most=131_072,
+    )
+
     image: list[str] = option([], "pictures to ask about, all in one question", group="what to ask")
     prompt: str | None = option(
         None,
@@ -141,8 +158,17 @@ class EvalConfig(AskConfig):
         32, "questions of --data that are answered together", least=1, most=4096
     )
     save_report: str | None = option(
-        None, "write scores and answers of --data to this JSON file; no file if not given"
+        None,
+        "write scores and answers of --data to this JSON file, and until it is whole each answer "
+        "to NAME.answers.jsonl beside it; no file if not given",
     )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of `generate`."""
+        default = 0.0 if self.data else AskConfig.temperature
+        given = self.temperature
+        return super().sampling | {"temperature": default if given is None else given}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
-"""How well a model answers: loss and exact-answer accuracy on rows whose answers are known."""
+"""How well a model answers: its answers to questions of known answer, and its loss on all rows."""
 
 import io
-import random
-import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -14,29 +11,14 @@ from tqdm import tqdm
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
 from inference.load import VLM
+from inference.questions import LeftOut, Question, choose_images
 from model.labels import IGNORE_INDEX, count_labels
-from model.processing import check_conversation
 
-# Tokens that an answer may have beyond the longest right one: enough to see that it is wrong.
-SPARE_TOKENS = 4
+# Tokens that an answer may have for each one of the right answer, and beyond them: enough to see
+# that it is wrong, also where the same words are in capitals.
+TIMES_TOKENS, SPARE_TOKENS = 2, 4
 # Memory for the features of pictures, which are looked at several times.
 FEATURE_BYTES = 2 * 10**9
-
-
-@dataclass
-class Question:
-    """An assistant turn that the model has to produce."""
-
-    turns: list[dict]  # all turns before it
-    images: list  # pictures of the row
-    answer: str  # the right answer
-    type: str  # accuracy is also given by type
-    # The model's answers, by the images it was shown: "right", "wrong" or "none".
-    given: dict[str, str] = field(default_factory=dict)
-
-    def is_right(self, images: str) -> bool:
-        """Whether the answer given with these images is exactly right, see `simplify_answer`."""
-        return simplify_answer(self.given[images]) == simplify_answer(self.answer)
 
 
 class PictureEncoder:
@@ -79,129 +61,187 @@ class PictureEncoder:
         return chosen
 
 
-def collect_questions(dataset) -> tuple[list[Question], Counter[str]]:
-    """Make a question of each assistant turn, which is asked after the right turns before it.
+class Size(NamedTuple):
+    """Tokens of a question."""
 
-    Args:
-        dataset: `dataset.read(i)` gives (row, pictures), as VLMDataset's does.
-
-    Returns (questions, how many rows cannot be read, by reason).
-    """
-    questions, unreadable = [], Counter()
-    for index in range(len(dataset)):
-        try:
-            row, images = dataset.read(index)
-        except BadSampleError as error:
-            unreadable[error.args[0]] += 1
-            continue
-        conversation = check_conversation(row["conversations"])
-        turns = [{"role": role, "content": content} for role, content in conversation]
-        for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                type_ = row.get("type", "all")
-                questions.append(Question(turns[:number], images, turn["content"], type_))
-    return questions, unreadable
+    prompt: int
+    answer: int  # at most
 
 
-def choose_images(questions: list[Question], images: str, seed: int = 0) -> list[list]:
-    """The pictures that come with each question.
+class Evaluation:
+    """Asks a model what a dataset knows.
 
-    Args:
-        questions: see `collect_questions`.
-        images: "right", those of its row; "wrong", as many of another; "none".
-        seed: which other one that is.
-    """
-    right = [question.images for question in questions]
-    if images == "none":
-        return [[] for _ in questions]
-    return shuffle_images(right, seed) if images == "wrong" else right
-
-
-def shuffle_images(images: list[list], seed: int) -> list[list]:
-    """Give each row the pictures of another row that has as many, and other ones.
-
-    A row keeps its own only if no other has as many.
-    """
-    by_count = defaultdict(list)
-    for index, row_images in enumerate(images):
-        by_count[len(row_images)].append(index)
-    shuffled = list(images)
-    for indices in by_count.values():
-        random.Random(seed).shuffle(indices)
-        # Rows that show the same pictures come one after the other (the order of the groups is
-        # still random), and each gets those of the row that is half the way around.
-        groups = defaultdict(list)
-        for index in indices:
-            groups[tuple(map(str, images[index]))].append(index)
-        in_groups = [index for group in groups.values() for index in group]
-        half = len(in_groups) // 2
-        for index, other in zip(in_groups, in_groups[half:] + in_groups[:half]):
-            shuffled[index] = images[other]
-    return shuffled
-
-
-def answer_questions(
-    vlm: VLM, questions: list[Question], images: str, batch_size: int, pictures: PictureEncoder
-) -> Counter[str]:
-    """Fill in `given[images]` of each question, with the likeliest tokens.
+    Every question has limits of its own, so no row changes what another one gets: see
+    `measure_question` and `make_batches`.
 
     Args:
         vlm: the model that is asked.
-        questions: see `collect_questions`.
-        images: see `choose_images`.
-        batch_size: questions answered together; they are of similar length, padded on the left.
-        pictures: looks at them.
+        dataset: a VLMDataset or MixedDataset.
+        batch_size: questions, or rows, that go through the model together.
+        sampling: options of `generate`; max_new_tokens bounds every answer. By default the
+            likeliest tokens.
 
-    Returns how many were not asked because a picture cannot be read, by reason.
+    Attributes:
+        left_out: the rows and questions that could not be asked.
     """
-    # prompts; similar lengths in a batch leave little padding
-    model, tokenizer = vlm.model, vlm.processor.tokenizer
-    device = model.tok_embeddings.weight.device
-    shown = choose_images(questions, images)
-    prompts = [
-        vlm.processor.encode_prompt(question.turns, len(its_images))[0]
-        for question, its_images in zip(questions, shown)
-    ]
-    lengths = [len(tokenizer(question.answer)["input_ids"]) for question in questions]
-    max_new_tokens = max(lengths, default=0) + SPARE_TOKENS
-    order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
 
-    unreadable: Counter[str] = Counter()
-    for chosen in split(order, batch_size, f"answer, {images} image", "question"):
-        # a batch of those whose pictures can be read
-        batch, keys = [], []
-        for index in chosen:
+    def __init__(self, vlm: VLM, dataset, batch_size: int, **sampling):
+        self.vlm, self.dataset, self.batch_size = vlm, dataset, batch_size
+        self.sampling = {"temperature": 0.0, "max_new_tokens": 512} | sampling
+        self.pictures = PictureEncoder(vlm)
+        self.left_out = LeftOut(dataset)
+
+    def answer(self, questions: list[Question], images: str) -> Iterator[Question]:
+        """Fill in `given[images]` of the questions; yields each one that has an answer.
+
+        Args:
+            questions: see `collect_questions`.
+            images: see `choose_images`.
+        """
+        # limits of each question
+        rows = choose_images(questions, images)
+        sizes: dict[int, Size] = {}
+        for index, question in enumerate(questions):
             try:
-                keys += pictures.open(shown[index])
-                batch.append(index)
+                sizes[index] = self.measure_question(question, rows[index] is not None)
             except BadSampleError as error:
-                unreadable[error.args[0]] += 1
-        if not batch:
-            continue
+                self.left_out.add(question.row, error)
 
-        # its answers
-        input_ids, attention_mask = pad_left([prompts[index] for index in batch])
+        # The same answers again, also where tokens are drawn.
+        torch.manual_seed(0)
+        batches = make_batches(sizes, self.batch_size, self.vlm.model.config.max_seq_len)
+        for batch in show_progress(batches, f"answer, {images} image", "question"):
+            # those whose pictures can be read
+            readable, keys = [], []
+            for index in batch:
+                try:
+                    keys += self.open_pictures(rows[index])
+                    readable.append(index)
+                except BadSampleError as error:
+                    self.left_out.add(rows[index], error)
+
+            # their answers
+            if readable:
+                texts = self._generate(
+                    [self.encode(questions[index], rows[index] is not None) for index in readable],
+                    [sizes[index].answer for index in readable],
+                    self.pictures.features(keys),
+                )
+                for index, text in zip(readable, texts):
+                    questions[index].given[images] = text
+                    yield questions[index]
+
+    def encode(self, question: Question, with_images: bool) -> torch.Tensor:
+        """int64[T]: the prompt of a question."""
+        n_images = len(question.images) if with_images else 0
+        return self.vlm.processor.encode_prompt(question.turns, n_images)[0]
+
+    def measure_question(self, question: Question, with_images: bool) -> Size:
+        """Tokens of its prompt, and of the longest answer that it can get.
+
+        BadSampleError for a prompt that leaves no room for an answer.
+        """
+        most = self.vlm.model.config.max_seq_len
+        n_prompt = len(self.encode(question, with_images))
+        if n_prompt >= most:
+            raise BadSampleError(
+                "prompt too long", f"{n_prompt} tokens, the model takes {most} (--max_seq_len)"
+            )
+        n_right = len(self.vlm.processor.encode_content(question.answer))
+        limit = TIMES_TOKENS * n_right + SPARE_TOKENS
+        return Size(n_prompt, min(limit, self.sampling["max_new_tokens"], most - n_prompt))
+
+    def open_pictures(self, row: int | None) -> list[bytes]:
+        """Keys of the pictures of a row. BadSampleError where one cannot be read."""
+        return [] if row is None else self.pictures.open(self.dataset.read(row)[1])
+
+    def _generate(
+        self, prompts: list[torch.Tensor], limits: list[int], features: torch.Tensor | None
+    ) -> list[str]:
+        """The answers to a batch of prompts, each within its own limit."""
+        model, tokenizer = self.vlm.model, self.vlm.processor.tokenizer
+        device = model.tok_embeddings.weight.device
+        input_ids, attention_mask = pad_left(prompts)
         tokens = model.generate(
             input_ids.to(device),
-            image_features=pictures.features(keys),
+            image_features=features,
             attention_mask=attention_mask.to(device),
-            max_new_tokens=max_new_tokens,
-            temperature=0,
+            **self.sampling | {"max_new_tokens": max(limits)},
         )
         new_tokens = tokens[:, input_ids.shape[1] :]
-        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        for index, text in zip(batch, texts):
-            questions[index].given[images] = text
-    return unreadable
+        answers = [row[:limit] for row, limit in zip(new_tokens, limits)]
+        return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def measure_loss(self) -> float:
+        """Mean loss over the label tokens of all rows that can be read."""
+        device = self.vlm.model.tok_embeddings.weight.device
+        loss_sum, n_labels = 0.0, 0
+        lengths = self.dataset.lengths
+        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        starts = range(0, len(order), self.batch_size)
+        batches = [order[start : start + self.batch_size] for start in starts]
+        for batch in show_progress(batches, "loss", "row"):
+            # a batch of those that can be read: `answer` has counted and named the others
+            samples, keys = [], []
+            for index in batch:
+                try:
+                    sample, images = self.dataset.read_text(index)
+                    keys += self.pictures.open(images)
+                    samples.append(sample)
+                except BadSampleError:
+                    continue
+            if not samples:
+                continue
+
+            # its loss: a mean over its labels, of which a batch may have few or many
+            input_ids, labels = (
+                pad_sequence(
+                    [sample[name] for sample in samples], batch_first=True, padding_value=padding
+                )
+                for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX))
+            )  # each (B, T)
+            output = self.vlm.model(
+                input_ids.to(device),
+                labels=labels.to(device),
+                image_features=self.pictures.features(keys),
+                return_logits=False,
+            )
+            count = count_labels(labels)
+            loss_sum += float(output.loss) * count
+            n_labels += count
+        return loss_sum / max(n_labels, 1)
 
 
-def split(indices: Iterable[int], batch_size: int, title: str, unit: str) -> Iterator[list[int]]:
-    """Batches of `indices`, with a progress bar over the single ones."""
-    indices = list(indices)
-    with tqdm(total=len(indices), desc=title, unit=unit) as progress:
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
-            progress.update(len(indices[start : start + batch_size]))
+def make_batches(sizes: dict[int, Size], batch_size: int, max_seq_len: int) -> list[list[int]]:
+    """Questions of similar size together; all of a batch have room for their longest answers.
+
+    Args:
+        sizes: of the questions, by index.
+        batch_size: most questions of a batch.
+        max_seq_len: most tokens of the longest prompt and the longest answer of a batch together.
+    """
+    # answers up to twice as long as others cost a batch little; padding of prompts costs more
+    order = sorted(sizes, key=lambda index: (sizes[index].answer.bit_length(), sizes[index].prompt))
+    batches: list[list[int]] = []
+    longest = Size(0, 0)
+    for index in order:
+        size = sizes[index]
+        longest = Size(max(longest.prompt, size.prompt), max(longest.answer, size.answer))
+        is_full = not batches or len(batches[-1]) == batch_size
+        if is_full or sum(longest) > max_seq_len:
+            batches.append([])
+            longest = size
+        batches[-1].append(index)
+    return batches
+
+
+def show_progress(batches: Iterable[list[int]], title: str, unit: str) -> Iterator[list[int]]:
+    """The batches, with a progress bar over what is in them."""
+    with tqdm(total=sum(map(len, batches)), desc=title, unit=unit) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))
 
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,71 +254,3 @@ def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids[index, length - len(row) :] = row
         attention_mask[index, length - len(row) :] = 1
     return input_ids, attention_mask
-
-
-def measure_accuracy(questions: list[Question], images: str = "right") -> dict[str, float]:
-    """Share of answers that are exactly right, "overall" and by type of question.
-
-    Args:
-        questions: answered with these images.
-        images: "right", "wrong" or "none".
-    """
-    by_type = defaultdict(list)
-    for question in questions:
-        by_type[question.type].append(question.is_right(images))
-    # Each question counts once, whatever its type.
-    overall = [is_right for group in by_type.values() for is_right in group]
-    groups = {"overall": overall}
-    # Rows without types are all of type "all".
-    if set(by_type) != {"all"}:
-        groups |= by_type
-    return {name: sum(group) / len(group) for name, group in groups.items()}
-
-
-def simplify_answer(answer: str) -> str:
-    """What "exactly right" looks at: no case, no outer space, no full stop at the end."""
-    text = unicodedata.normalize("NFKC", answer).casefold().strip()
-    return text.rstrip(".。!！ ")
-
-
-@torch.no_grad()
-def measure_loss(vlm: VLM, dataset, batch_size: int, pictures: PictureEncoder) -> float:
-    """Mean loss over the label tokens of all samples that can be read.
-
-    Args:
-        vlm: the model that is measured.
-        dataset: a VLMDataset or MixedDataset.
-        batch_size: samples that go through the model together, padded on the right.
-        pictures: looks at them.
-    """
-    device = vlm.model.tok_embeddings.weight.device
-    loss_sum, n_labels = 0.0, 0
-    order = sorted(range(len(dataset)), key=lambda index: dataset.lengths[index])
-    for chosen in split(order, batch_size, "loss", "row"):
-        # a batch of those that can be read: `answer_questions` has counted and named the others
-        samples, keys = [], []
-        for index in chosen:
-            try:
-                sample, images = dataset.read_text(index)
-                keys += pictures.open(images)
-                samples.append(sample)
-            except BadSampleError:
-                continue
-        if not samples:
-            continue
-
-        # its loss: a mean over its labels, of which a batch may have few or many
-        input_ids, labels = (
-            pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=pad)
-            for name, pad in (("input_ids", 0), ("labels", IGNORE_INDEX))
-        )  # each (B, T)
-        output = vlm.model(
-            input_ids.to(device),
-            labels=labels.to(device),
-            image_features=pictures.features(keys),
-            return_logits=False,
-        )
-        count = count_labels(labels)
-        loss_sum += float(output.loss) * count
-        n_labels += count
-    return loss_sum / max(n_labels, 1)

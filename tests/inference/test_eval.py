@@ -1,5 +1,6 @@
 """eval_vlm.py as a user starts it."""
 
+import io
 import json
 import re
 import zipfile
@@ -12,19 +13,19 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from dataset.mixture import open_data
+from eval_vlm import save_answers
 from inference import load_vlm
 from inference.chat import Chat
 from inference.config import EvalConfig
-from inference.evaluate import (
-    PictureEncoder,
+from inference.evaluate import Evaluation, Size, make_batches
+from inference.paths import choose_weights
+from inference.questions import (
     Question,
-    answer_questions,
     collect_questions,
     measure_accuracy,
-    measure_loss,
+    read_type,
     shuffle_images,
 )
-from inference.paths import choose_weights
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -254,11 +255,11 @@ def test_a_picture_is_encoded_once(setup, rows_dir):
     dataset = open_data(
         [str(rows_dir / "rows.jsonl")], [str(rows_dir / "images")], vlm.processor, 512
     )
-    questions, _ = collect_questions(dataset)
-    pictures = PictureEncoder(vlm)
+    evaluation = Evaluation(vlm, dataset, batch_size=4)
+    questions = list(collect_questions(dataset, evaluation.left_out))
     for images in ("right", "wrong", "none"):
-        answer_questions(vlm, questions, images, 4, pictures)
-    measure_loss(vlm, dataset, 4, pictures)
+        assert len(list(evaluation.answer(questions, images))) == len(questions)
+    evaluation.measure_loss()
     assert sum(counted) == len(list((rows_dir / "images").iterdir()))
 
 
@@ -292,9 +293,143 @@ def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
     )
 
 
+LONG_PROMPT = "What color is the circle? " * 200
+# What may stand in one row of a set; "@" nine times is what an image is here.
+BAD_ROWS = {
+    "an answer of a book": {"conversations": [user("What?"), assistant("red blue " * 11_000)]},
+    "a prompt too long": {"conversations": [user(LONG_PROMPT), assistant("red")]},
+    "a damaged picture": {
+        "image": "damaged.png",
+        "conversations": [user("<image>\nWhat?"), assistant("red")],
+    },
+    "text like an image": {
+        "conversations": [
+            {"role": "system", "content": "@" * 9},
+            *(user("@" * 9), assistant("@" * 18)),
+            *(user("</s>\n<s>user\n" + "@" * 9), assistant("@" * 9)),
+        ]
+    },
+}
+ODD_TYPES = [
+    {"type": type_, "conversations": [user("What?"), assistant("red")]}
+    for type_ in (["a"], {"b": 1}, 5, None, "t" * 1000, "overall", "a\x1b[31m", " ", "color")
+]
+
+
+def test_no_row_changes_or_ends_what_others_get(setup, rows_dir, tmp_path):
+    """Alone and among bad rows, good rows get the same answers; bad ones are named."""
+    _, flags = setup
+    good = [json.loads(line) for line in open(rows_dir / "rows.jsonl", encoding="utf-8")]
+    (tmp_path / "images").mkdir()
+    for path in (rows_dir / "images").iterdir():
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images/damaged.png").write_bytes(picture_bytes()[:60])
+    bad = [*BAD_ROWS.values(), *ODD_TYPES]
+    write_rows(tmp_path / "good.jsonl", good)
+    write_rows(tmp_path / "all.jsonl", good[:12] + bad + good[12:])
+
+    answers, printed = {}, {}
+    for name in ("good", "all"):
+        data = ["--data", tmp_path / f"{name}.jsonl", "--images", tmp_path / "images"]
+        report = tmp_path / f"{name}.json"
+        limits = ["--max_seq_len", "512", "--max_new_tokens", "64", "--batch_size", "5"]
+        finished = run_script("eval_vlm.py", *flags, *limits, *data, "--save_report", report)
+        assert finished.returncode == 0, finished.stdout
+        content = json.loads(report.read_text(encoding="utf-8"))
+        answers[name] = [(one["question"], one["given"]) for one in content["answers"]]
+        printed[name] = finished.stdout, content
+    assert "not asked" not in printed["good"][0] and len(answers["good"]) == 24
+    assert set(answers["good"]) <= set(answers["all"]) and len(answers["all"]) == 24 + 12
+
+    text, content = printed["all"]
+    assert "not asked: 1 image damaged, 1 prompt too long" in text.replace(
+        "1 prompt too long, 1 image damaged", "1 image damaged, 1 prompt too long"
+    )
+    assert re.search(r"^  line 14 of all.jsonl: prompt too long: \d+ tokens, the model", text, re.M)
+    assert re.search(r"^  line 15 of all.jsonl: image damaged: .+", text, re.M)
+    assert content["accuracy"].keys() == {"overall", "all", "color"}
+    assert not list(tmp_path.glob("*.answers.jsonl")), "the report has them"
+
+
+def picture_bytes() -> bytes:
+    file = io.BytesIO()
+    picture().save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_answer_is_bounded_by_its_own_right_answer(setup, tmp_path):
+    """One answer of 90,000 characters: only its own batch goes on as long as the cap says."""
+    rows = [{"conversations": [user(f"{i}?"), assistant("red")]} for i in range(6)]
+    write_rows(tmp_path / "rows.jsonl", [*rows, BAD_ROWS["an answer of a book"]])
+    vlm = load_vlm(setup[0] / "sft_vlm_64.pth", tokenizer=TOKENIZER, vision_model=setup[1][5])
+    dataset = open_data([str(tmp_path / "rows.jsonl")], None, vlm.processor, 512)
+    evaluation = Evaluation(vlm, dataset, batch_size=32, max_new_tokens=40)
+    asked, generate = [], vlm.model.generate
+    vlm.model.generate = lambda ids, **options: (
+        asked.append((len(ids), options["max_new_tokens"])) or generate(ids, **options)
+    )
+    questions = list(collect_questions(dataset, evaluation.left_out))
+    assert len(list(evaluation.answer(questions, "right"))) == 7
+    n_right = len(vlm.processor.encode_content("red"))
+    assert evaluation.measure_question(questions[0], False).answer == 2 * n_right + 4
+    assert max(asked)[1] == 40 and sum(n for n, _ in asked) == 7
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 100), st.builds(Size, st.integers(1, 60), st.integers(1, 40)), max_size=40
+    ),
+    st.integers(1, 8),
+)
+def test_a_batch_has_room_for_its_longest_prompt_and_answer(sizes, batch_size):
+    batches = make_batches(sizes, batch_size, max_seq_len=100)
+    assert sorted(index for batch in batches for index in batch) == sorted(sizes)
+    for batch in batches:
+        prompts, answers = zip(*(sizes[index] for index in batch))
+        assert len(batch) <= batch_size and max(prompts) + max(answers) <= 100
+
+
+def test_sampling_flags_have_effect_on_data(setup, rows_dir, tmp_path):
+    _, flags = setup
+    data = ["--data", rows_dir / "rows.jsonl", "--images", rows_dir / "images"]
+
+    def ask(*more) -> list[str]:
+        report = ["--save_report", tmp_path / "r.json"]
+        finished = run_script("eval_vlm.py", *flags[:-2], *data, *report, *more)
+        assert finished.returncode == 0, finished.stdout
+        answers = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["answers"]
+        return [answer["given"] for answer in answers]
+
+    likeliest, drawn = ask(), ask("--temperature", "3")
+    assert ask("--temperature", "0") == likeliest != drawn == ask("--temperature", "3")
+    assert ask("--temperature", "3", "--top_p", "0.01") != drawn
+    assert sum(map(len, ask("--max_new_tokens", "1"))) < sum(map(len, likeliest))
+
+
+def test_answers_are_kept_when_a_run_is_interrupted(tmp_path, capsys):
+    question = Question(0, [user("What?")], ("a.png",), "red", given={"right": "红 \udcff"})
+    with pytest.raises(KeyboardInterrupt), save_answers(str(tmp_path / "new/r.json")) as save:
+        save(question, "right")
+        raise KeyboardInterrupt
+    path = tmp_path / "new/r.answers.jsonl"
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["given"].startswith("红") and json.loads(line)["shown"] == "right"
+    assert f"answers so far: {path}" in capsys.readouterr().out
+    with save_answers(str(tmp_path / "new/r.json")) as save:
+        save(question, "right")
+    assert not path.exists()
+
+
+@given(st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()) | st.just({}))
+def test_any_type_is_a_short_name(value):
+    type_ = read_type(value)
+    assert type_ == "all" or (type_ == value and 0 < len(type_) <= 60 and type_.isprintable())
+    assert type_ != "overall"
+
+
 def test_exact_answers_look_at_words_only():
     def question(given, answer, type="color"):
-        return Question([], [], answer, type, {"right": given})
+        return Question(0, [], (), answer, type, {"right": given})
 
     questions = [
         question("Red.", "red"),
@@ -306,8 +441,8 @@ def test_exact_answers_look_at_words_only():
 
 
 def test_wrong_images_are_anothers_and_as_many():
-    images = [["a"], ["b"], ["c", "d"], ["e"], ["f", "g"], []]
-    shuffled = shuffle_images(images, seed=0)
+    images = [("a",), ("b",), ("c", "d"), ("e",), ("f", "g"), ()]
+    shuffled = [images[index] for index in shuffle_images(images, seed=0)]
     assert [len(group) for group in shuffled] == [len(group) for group in images]
     assert all(new != old for new, old in zip(shuffled[:5], images[:5])) and sorted(
         map(str, shuffled)
@@ -317,8 +452,8 @@ def test_wrong_images_are_anothers_and_as_many():
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=30), st.integers(0, 10**6))
 def test_wrong_images_are_other_pictures_even_where_rows_share_them(shown, seed):
     """As captions do, of which a photograph has several."""
-    images = [[f"{number}.jpg"] for number in shown]
-    shuffled = shuffle_images(images, seed)
+    images = [(f"{number}.jpg",) for number in shown]
+    shuffled = [images[index] for index in shuffle_images(images, seed)]
     if max(Counter(shown).values()) <= len(shown) // 2:
         assert all(new != old for new, old in zip(shuffled, images))
 

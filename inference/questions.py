@@ -1,0 +1,185 @@
+"""Questions whose answers are known: where they come from, their pictures, what a right answer is.
+
+Text is kept, and of pictures only their names: the set may have a million rows.
+"""
+
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import BadSampleError, list_reasons
+from common.files import hash_bytes
+from model.processing import check_conversation
+
+# Characters of the name of a type: it is a word or two in a printed line.
+MAX_TYPE = 60
+# The type of questions without one; and the name of the line for all questions together.
+NO_TYPE, OVERALL = "all", "overall"
+
+
+@dataclass
+class Question:
+    """An assistant turn that the model has to produce.
+
+    Args:
+        row: of the dataset.
+        turns: all turns before it.
+        images: names of the row's pictures; equal names are equal pictures.
+        answer: the right answer.
+        type: accuracy is also given by type.
+        given: the model's answers, by the images it was shown: "right", "wrong" or "none".
+    """
+
+    row: int
+    turns: list[dict]
+    images: tuple[str, ...]
+    answer: str
+    type: str = NO_TYPE
+    given: dict[str, str] = field(default_factory=dict)
+
+    def is_right(self, images: str) -> bool:
+        """Whether the answer given with these images is exactly right, see `simplify_answer`."""
+        return simplify_answer(self.given[images]) == simplify_answer(self.answer)
+
+
+class LeftOut:
+    """Why rows and questions were left out: how many by reason, and an example of each.
+
+    Args:
+        dataset: a VLMDataset or MixedDataset, which names the example's place.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, row: int, error: BadSampleError) -> None:
+        """Count a row, or a question of it."""
+        reason = error.args[0]
+        self.reasons[reason] += 1
+        if reason not in self.examples:
+            self.examples[reason] = f"{name_row(self.dataset, row)}: {error}"
+
+    def __str__(self) -> str:
+        """The reasons by their counts, and a line for each example."""
+        return "\n  ".join([list_reasons(self.reasons), *self.examples.values()])
+
+
+def name_row(dataset, index: int) -> str:
+    """ "line 7 of rows.jsonl"."""
+    if hasattr(dataset, "parts"):
+        part = dataset.parts[dataset.part[index]]
+        return name_row(part, dataset.row[index])
+    (place,) = dataset.rows.name_places([int(dataset.keys[index])])
+    return f"{place} of {dataset.data_path.name}"
+
+
+def collect_questions(dataset, left_out: LeftOut) -> Iterator[Question]:
+    """A question for each assistant turn, which is asked after the right turns before it.
+
+    Args:
+        dataset: `dataset.read(i)` gives (row, pictures), as VLMDataset's does.
+        left_out: counts the rows that cannot be read.
+    """
+    for index in range(len(dataset)):
+        try:
+            row, images = dataset.read(index)
+            conversation = check_conversation(row.conversations)
+        except BadSampleError as error:
+            left_out.add(index, error)
+            continue
+        names = name_images(row.images, images)
+        turns = [{"role": role, "content": content} for role, content in conversation]
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                yield Question(
+                    index, turns[:number], names, turn["content"], read_type(row.other.get("type"))
+                )
+
+
+def name_images(names: list[str | bytes], images: list) -> tuple[str, ...]:
+    """A name for each picture of a row: its path, its name in an archive, or a hash of its file.
+
+    Args:
+        names: as the row has them, or the encoded files themselves.
+        images: where they were found: paths, or open files.
+    """
+    found = []
+    for name, image in zip(names, images):
+        if isinstance(image, Path):
+            found.append(str(image))
+        else:
+            found.append(hash_bytes(name).hex() if isinstance(name, bytes) else name)
+    return tuple(found)
+
+
+def read_type(value: object) -> str:
+    """The type that a row gives; NO_TYPE where it is no short text, or would look like a total."""
+    is_name = isinstance(value, str) and value.strip() and len(value) <= MAX_TYPE
+    return value if is_name and value.isprintable() and value != OVERALL else NO_TYPE
+
+
+def choose_images(questions: list[Question], images: str, seed: int = 0) -> list[int | None]:
+    """The row whose pictures come with each question; None for no pictures.
+
+    Args:
+        questions: see `collect_questions`.
+        images: "right", those of its own row; "wrong", as many of another; "none".
+        seed: which other one that is.
+    """
+    if images == "none":
+        return [None for _ in questions]
+    chosen = range(len(questions))
+    if images == "wrong":
+        chosen = shuffle_images([question.images for question in questions], seed)
+    return [questions[index].row for index in chosen]
+
+
+def shuffle_images(images: list[tuple[str, ...]], seed: int) -> list[int]:
+    """For each row the index of another that has as many pictures, and other ones.
+
+    A row keeps its own only if no other has as many.
+    """
+    by_count = defaultdict(list)
+    for index, row_images in enumerate(images):
+        by_count[len(row_images)].append(index)
+    shuffled = list(range(len(images)))
+    for indices in by_count.values():
+        random.Random(seed).shuffle(indices)
+        # Rows that show the same pictures come one after the other (the order of the groups is
+        # still random), and each gets those of the row that is half the way around.
+        groups = defaultdict(list)
+        for index in indices:
+            groups[images[index]].append(index)
+        in_groups = [index for group in groups.values() for index in group]
+        half = len(in_groups) // 2
+        for index, other in zip(in_groups, in_groups[half:] + in_groups[:half]):
+            shuffled[index] = other
+    return shuffled
+
+
+def measure_accuracy(questions: list[Question], images: str = "right") -> dict[str, float]:
+    """Share of answers that are exactly right, overall and by type of question.
+
+    Args:
+        questions: answered with these images.
+        images: "right", "wrong" or "none".
+    """
+    by_type = defaultdict(list)
+    for question in questions:
+        by_type[question.type].append(question.is_right(images))
+    # Each question counts once, whatever its type.
+    groups = {OVERALL: [is_right for group in by_type.values() for is_right in group]}
+    if set(by_type) != {NO_TYPE}:
+        groups |= by_type
+    return {name: sum(group) / len(group) for name, group in groups.items()}
+
+
+def simplify_answer(answer: str) -> str:
+    """What "exactly right" looks at: no case, no outer space, no full stop at the end."""
+    text = unicodedata.normalize("NFKC", answer).casefold().strip()
+    return text.rstrip(".。!！ ")
