@@ -26,6 +26,7 @@ from typing import (
 )
 
 from common.errors import UserError
+from common.numbers import check_number
 
 Options = TypeVar("Options")
 MOST_SEED = 2**63 - 1  # that every generator takes
@@ -240,16 +241,3 @@ def check_options(options: Any) -> None:
             if words and word not in words and not isinstance(word, others):
                 choices = ", ".join(map(str, words))
                 raise UserError(f"--{field.name} is {word!s:.60}: choose from {choices}")
-
-
-def check_number(name: str, value: float, least: float, most: float) -> None:
-    """UserError unless the number is within its bounds; nan and inf never are."""
-    # Written so that nan is refused too.
-    if least <= value <= most and abs(value) != math.inf:
-        return
-    bounds = [f"at least {least:,}", f"at most {most:,}"]
-    bounds = [words for words, bound in zip(bounds, (least, most)) if abs(bound) != math.inf]
-    if len(bounds) == 2:
-        bounds = [f"from {least:,} to {most:,}"]
-    # Digits without end would fill the screen.
-    raise UserError(f"{name} is {value!s:.40}: it has to be {bounds[0] if bounds else 'finite'}")

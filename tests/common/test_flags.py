@@ -37,7 +37,7 @@ class Options:
         PublishedFlag(("--few",), "use --size", sets={"1": {}, "2": {"size": 9, "loud": True}}),
     )
     names: list[str] = option(["a", "b"], "some names, 100 % of them", aliases=("--n",), group="x")
-    size: int | Literal["auto"] = option(4, "a size", least=1, aliases=("--s",))
+    size: int | Literal["auto"] = option(4, "a size", least=1, most=99, aliases=("--s",))
     share: float | None = option(None, "a share; none if not given", least=0, most=1)
     kind: Literal["red", "blue"] = option("red", "a color")
     turns: Literal[1, 2] = option(1, "turns")
@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_one_line(arguments, message):
 
 
 def test_what_cannot_be_is_refused_from_a_command_line_and_in_python():
-    with pytest.raises(UserError, match="--size is 0: it has to be at least 1$"):
+    with pytest.raises(UserError, match="--size is 0: it has to be from 1 to 99$"):
         read("--size", "0")
     with pytest.raises(UserError, match="--share is nan: it has to be from 0 to 1$"):
         Options(share=float("nan"))
