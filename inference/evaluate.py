@@ -1,7 +1,7 @@
 """How well a model answers: its answers to questions of known answer, and its loss on all rows."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,18 +61,27 @@ class PictureEncoder:
         return chosen
 
 
-class Size(NamedTuple):
-    """Tokens of a question."""
+class Asked(NamedTuple):
+    """A question with the pictures that come with it, and its limits.
 
-    prompt: int
-    answer: int  # at most
+    Args:
+        question: see `collect_questions`.
+        row: whose pictures come with it; None for no pictures.
+        n_prompt: tokens of the prompt.
+        n_answer: most tokens of the answer.
+    """
+
+    question: Question
+    row: int | None
+    n_prompt: int
+    n_answer: int
 
 
 class Evaluation:
     """Asks a model what a dataset knows.
 
-    Every question has limits of its own, so no row changes what another one gets: see
-    `measure_question` and `make_batches`.
+    Every question has limits of its own, so no row changes what another one gets: see `plan` and
+    `make_batches`.
 
     Args:
         vlm: the model that is asked.
@@ -98,78 +107,78 @@ class Evaluation:
             questions: see `collect_questions`.
             images: see `choose_images`.
         """
-        # limits of each question
-        rows = choose_images(questions, images)
-        sizes: dict[int, Size] = {}
-        for index, question in enumerate(questions):
+        # pictures and limits of each question
+        asked = []
+        for question, row in zip(questions, choose_images(questions, images)):
             try:
-                sizes[index] = self.measure_question(question, rows[index] is not None)
+                asked.append(self.plan(question, row))
             except BadSampleError as error:
                 self.left_out.add(question.row, error)
 
         # The same answers again, also where tokens are drawn.
         torch.manual_seed(0)
-        batches = make_batches(sizes, self.batch_size, self.vlm.model.config.max_seq_len)
+        batches = make_batches(asked, self.batch_size, self.vlm.model.config.max_seq_len)
         for batch in show_progress(batches, f"answer, {images} image", "question"):
             # those whose pictures can be read
             readable, keys = [], []
-            for index in batch:
+            for one in batch:
                 try:
-                    keys += self.open_pictures(rows[index])
-                    readable.append(index)
+                    keys += self._open_pictures(one)
+                    readable.append(one)
                 except BadSampleError as error:
-                    self.left_out.add(rows[index], error)
+                    self.left_out.add(one.row, error)
 
             # their answers
-            if readable:
-                texts = self._generate(
-                    [self.encode(questions[index], rows[index] is not None) for index in readable],
-                    [sizes[index].answer for index in readable],
-                    self.pictures.features(keys),
-                )
-                for index, text in zip(readable, texts):
-                    questions[index].given[images] = text
-                    yield questions[index]
+            for one, text in zip(readable, self._generate(readable, keys)):
+                one.question.given[images] = text
+                yield one.question
 
-    def encode(self, question: Question, with_images: bool) -> torch.Tensor:
-        """int64[T]: the prompt of a question."""
-        n_images = len(question.images) if with_images else 0
-        return self.vlm.processor.encode_prompt(question.turns, n_images)[0]
-
-    def measure_question(self, question: Question, with_images: bool) -> Size:
-        """Tokens of its prompt, and of the longest answer that it can get.
+    def plan(self, question: Question, row: int | None) -> Asked:
+        """Find the limits of a question that comes with the pictures of `row`.
 
         BadSampleError for a prompt that leaves no room for an answer.
         """
+        # the prompt
         most = self.vlm.model.config.max_seq_len
-        n_prompt = len(self.encode(question, with_images))
+        n_prompt = len(self._encode(question, row))
         if n_prompt >= most:
             raise BadSampleError(
                 "prompt too long", f"{n_prompt} tokens, the model takes {most} (--max_seq_len)"
             )
+
+        # the answer
         n_right = len(self.vlm.processor.encode_content(question.answer))
         limit = TIMES_TOKENS * n_right + SPARE_TOKENS
-        return Size(n_prompt, min(limit, self.sampling["max_new_tokens"], most - n_prompt))
+        limit = min(limit, self.sampling["max_new_tokens"], most - n_prompt)
+        return Asked(question, row, n_prompt, limit)
 
-    def open_pictures(self, row: int | None) -> list[bytes]:
-        """Keys of the pictures of a row. BadSampleError where one cannot be read."""
-        return [] if row is None else self.pictures.open(self.dataset.read(row)[1])
+    def _encode(self, question: Question, row: int | None) -> torch.Tensor:
+        """int64[T]: the prompt of a question."""
+        n_images = 0 if row is None else len(question.images)
+        return self.vlm.processor.encode_prompt(question.turns, n_images)[0]
 
-    def _generate(
-        self, prompts: list[torch.Tensor], limits: list[int], features: torch.Tensor | None
-    ) -> list[str]:
-        """The answers to a batch of prompts, each within its own limit."""
+    def _open_pictures(self, asked: Asked) -> list[bytes]:
+        """Keys of the pictures that come with a question. BadSampleError where one is damaged."""
+        if asked.row is None:
+            return []
+        _, images = self.dataset.read(asked.row)
+        return self.pictures.open(images[: len(asked.question.images)])
+
+    def _generate(self, batch: list[Asked], keys: list[bytes]) -> list[str]:
+        """The answers to a batch, each within its own limit; `keys` are of all its pictures."""
+        if not batch:
+            return []
         model, tokenizer = self.vlm.model, self.vlm.processor.tokenizer
         device = model.tok_embeddings.weight.device
-        input_ids, attention_mask = pad_left(prompts)
+        input_ids, attention_mask = pad_left([self._encode(one.question, one.row) for one in batch])
         tokens = model.generate(
             input_ids.to(device),
-            image_features=features,
+            image_features=self.pictures.features(keys),
             attention_mask=attention_mask.to(device),
-            **self.sampling | {"max_new_tokens": max(limits)},
+            **self.sampling | {"max_new_tokens": max(one.n_answer for one in batch)},
         )
         new_tokens = tokens[:, input_ids.shape[1] :]
-        answers = [row[:limit] for row, limit in zip(new_tokens, limits)]
+        answers = [row[: one.n_answer] for row, one in zip(new_tokens, batch)]
         return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     @torch.no_grad()
@@ -213,30 +222,28 @@ class Evaluation:
         return loss_sum / max(n_labels, 1)
 
 
-def make_batches(sizes: dict[int, Size], batch_size: int, max_seq_len: int) -> list[list[int]]:
-    """Questions of similar size together; all of a batch have room for their longest answers.
+def make_batches(asked: list[Asked], batch_size: int, max_seq_len: int) -> list[list[Asked]]:
+    """Questions of similar size together; a batch has room for its longest prompt and answer.
 
     Args:
-        sizes: of the questions, by index.
+        asked: the questions.
         batch_size: most questions of a batch.
         max_seq_len: most tokens of the longest prompt and the longest answer of a batch together.
     """
-    # answers up to twice as long as others cost a batch little; padding of prompts costs more
-    order = sorted(sizes, key=lambda index: (sizes[index].answer.bit_length(), sizes[index].prompt))
-    batches: list[list[int]] = []
-    longest = Size(0, 0)
-    for index in order:
-        size = sizes[index]
-        longest = Size(max(longest.prompt, size.prompt), max(longest.answer, size.answer))
+    batches: list[list[Asked]] = []
+    n_prompt = n_answer = 0
+    # An answer up to twice as long as the others costs a batch little, so prompts decide then.
+    for one in sorted(asked, key=lambda one: (one.n_answer.bit_length(), one.n_prompt)):
+        n_prompt, n_answer = max(n_prompt, one.n_prompt), max(n_answer, one.n_answer)
         is_full = not batches or len(batches[-1]) == batch_size
-        if is_full or sum(longest) > max_seq_len:
+        if is_full or n_prompt + n_answer > max_seq_len:
             batches.append([])
-            longest = size
-        batches[-1].append(index)
+            n_prompt, n_answer = one.n_prompt, one.n_answer
+        batches[-1].append(one)
     return batches
 
 
-def show_progress(batches: Iterable[list[int]], title: str, unit: str) -> Iterator[list[int]]:
+def show_progress(batches: list[list], title: str, unit: str) -> Iterator[list]:
     """The batches, with a progress bar over what is in them."""
     with tqdm(total=sum(map(len, batches)), desc=title, unit=unit) as progress:
         for batch in batches:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import BadSampleError, list_reasons
 from common.files import hash_bytes
-from model.processing import check_conversation
+from model.processing import IMAGE_TAG, check_conversation
 
 # Characters of the name of a type: it is a word or two in a printed line.
 MAX_TYPE = 60
@@ -27,7 +27,7 @@ class Question:
     Args:
         row: of the dataset.
         turns: all turns before it.
-        images: names of the row's pictures; equal names are equal pictures.
+        images: names of the row's pictures up to here; equal names are equal pictures.
         answer: the right answer.
         type: accuracy is also given by type.
         given: the model's answers, by the images it was shown: "right", "wrong" or "none".
@@ -94,11 +94,12 @@ def collect_questions(dataset, left_out: LeftOut) -> Iterator[Question]:
             continue
         names = name_images(row.images, images)
         turns = [{"role": role, "content": content} for role, content in conversation]
+        type_, n_tags = read_type(row.other.get("type")), 0
         for number, turn in enumerate(turns):
+            if turn["role"] == "user":
+                n_tags += turn["content"].count(IMAGE_TAG)
             if turn["role"] == "assistant":
-                yield Question(
-                    index, turns[:number], names, turn["content"], read_type(row.other.get("type"))
-                )
+                yield Question(index, turns[:number], names[:n_tags], turn["content"], type_)
 
 
 def name_images(names: list[str | bytes], images: list) -> tuple[str, ...]:

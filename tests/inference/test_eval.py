@@ -17,7 +17,7 @@ from eval_vlm import save_answers
 from inference import load_vlm
 from inference.chat import Chat
 from inference.config import EvalConfig
-from inference.evaluate import Evaluation, Size, make_batches
+from inference.evaluate import Asked, Evaluation, make_batches
 from inference.paths import choose_weights
 from inference.questions import (
     Question,
@@ -371,22 +371,41 @@ def test_an_answer_is_bounded_by_its_own_right_answer(setup, tmp_path):
     questions = list(collect_questions(dataset, evaluation.left_out))
     assert len(list(evaluation.answer(questions, "right"))) == 7
     n_right = len(vlm.processor.encode_content("red"))
-    assert evaluation.measure_question(questions[0], False).answer == 2 * n_right + 4
+    assert evaluation.plan(questions[0], None).n_answer == 2 * n_right + 4
     assert max(asked)[1] == 40 and sum(n for n, _ in asked) == 7
 
 
 @given(
-    st.dictionaries(
-        st.integers(0, 100), st.builds(Size, st.integers(1, 60), st.integers(1, 40)), max_size=40
+    st.lists(
+        st.builds(Asked, st.none(), st.integers(), st.integers(1, 60), st.integers(1, 40)),
+        max_size=40,
     ),
     st.integers(1, 8),
 )
-def test_a_batch_has_room_for_its_longest_prompt_and_answer(sizes, batch_size):
-    batches = make_batches(sizes, batch_size, max_seq_len=100)
-    assert sorted(index for batch in batches for index in batch) == sorted(sizes)
+def test_a_batch_has_room_for_its_longest_prompt_and_answer(asked, batch_size):
+    batches = make_batches(asked, batch_size, max_seq_len=100)
+    assert Counter(one for batch in batches for one in batch) == Counter(asked)
     for batch in batches:
-        prompts, answers = zip(*(sizes[index] for index in batch))
-        assert len(batch) <= batch_size and max(prompts) + max(answers) <= 100
+        assert len(batch) <= batch_size
+        assert max(one.n_prompt for one in batch) + max(one.n_answer for one in batch) <= 100
+
+
+def test_a_picture_of_a_later_turn_does_not_come_with_an_earlier_question(setup, tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(ord(name[0])).save(tmp_path / name)
+    first = [user("<image>\nWhat?"), assistant("red")]
+    later = [user("And <image> this?"), assistant("blue")]
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [{"image": ["a.png", "b.png"], "conversations": first + later}]
+        + [{"image": "b.png", "conversations": first}] * 2,
+    )
+    report = tmp_path / "r.json"
+    data = ["--data", tmp_path / "rows.jsonl", "--images", tmp_path, "--save_report", report]
+    finished = run_script("eval_vlm.py", *setup[1], *data, "--show_images", "wrong", "right")
+    assert finished.returncode == 0 and "not asked" not in finished.stdout, finished.stdout
+    answers = json.loads(report.read_text(encoding="utf-8"))["right"]["answers"]
+    assert [len(answer["images"]) for answer in answers] == [1, 2, 1, 1]
 
 
 def test_sampling_flags_have_effect_on_data(setup, rows_dir, tmp_path):
