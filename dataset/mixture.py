@@ -18,6 +18,7 @@ from dataset.rows import check_data_file
 if TYPE_CHECKING:
     import torch
 
+    from dataset.formats import Row
     from dataset.vlm_dataset import VLMDataset
     from model.processing import VLMProcessor
 
@@ -59,8 +60,13 @@ class MixedDataset:
         self.part = np.repeat(np.arange(len(parts), dtype=np.int16), n_rows)
         self.lengths = np.concatenate([part.lengths[chosen] for part, chosen in zip(parts, rows)])
         self.skipped = sum((part.skipped for part in parts), Counter())
-        self.repaired = sum(part.repaired for part in parts)
+        self.repaired = sum((part.repaired for part in parts), Counter())
         self.n_images = sum(part.n_images for part in parts)
+        self.text_only = sum(part.text_only for part in parts)
+        # One picture may be in several parts.
+        self.pictures = np.unique(np.concatenate([part.pictures for part in parts]))
+        self.n_pictures = len(self.pictures)
+        self.formats = list(dict.fromkeys(name for part in parts for name in part.formats))
         self.processor, self.max_length = parts[0].processor, parts[0].max_length
 
     def __len__(self) -> int:
@@ -69,7 +75,7 @@ class MixedDataset:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.parts[self.part[index]][self.row[index]]
 
-    def read(self, index: int) -> tuple[dict, list]:
+    def read(self, index: int) -> tuple[Row, list]:
         """See VLMDataset.read."""
         return self.parts[self.part[index]].read(self.row[index])
 

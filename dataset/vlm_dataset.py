@@ -1,4 +1,4 @@
-"""Conversations about images, read from the published formats, one encoded sample at a time.
+"""Conversations about images, read from any of the formats, one encoded sample at a time.
 
 Only each row's place in its file stays in memory. Rows are checked once, pictures when they are
 needed. What cannot be used is counted by reason and left out; it never ends a run.
@@ -9,12 +9,14 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from common.errors import BadSampleError, UserError, list_reasons
+from dataset.formats import SURPLUS_DROPPED, Row
 from dataset.index_cache import open_cached, save_cached
 from dataset.rows import Rows, open_rows
 from model.processing import VLMProcessor, check_conversation, match_image_tags
@@ -26,6 +28,16 @@ BYTES_PER_TOKEN = 3
 CACHED_FROM = 50_000
 # One usable row: its key in the file, and about how many tokens it has.
 ROW = np.dtype([("key", "<i8"), ("length", "<i4")])
+# What tells a picture from others.
+PICTURE = np.dtype("<u8")
+
+
+class CheckedRow(NamedTuple):
+    """A row that can be used."""
+
+    turns: list[tuple[str, str]]  # (role, content), as many `<image>` as pictures
+    pictures: list[int]  # what tells each from others, see `check_images`
+    repairs: tuple[str, ...]
 
 
 @dataclass
@@ -34,44 +46,44 @@ class RowCounts:
 
     Args:
         skipped: rows that cannot be used, by reason.
-        repaired: rows with more `<image>` tags than images.
+        repaired: usable rows that were repaired, by what was done.
         n_images: images of the usable rows.
+        text_only: usable rows without any.
     """
 
     skipped: Counter[str] = field(default_factory=Counter)
-    repaired: int = 0
+    repaired: Counter[str] = field(default_factory=Counter)
     n_images: int = 0
+    text_only: int = 0
 
 
-def check_row(rows: Rows, row: dict | None) -> tuple[list[tuple[str, str]], int, int]:
+def check_row(rows: Rows, row: Row | BadSampleError) -> CheckedRow:
     """Check a row that `rows` gave; no picture is opened.
-
-    Returns:
-        (turns as [(role, content)], number of images, `<image>` tags beyond that number, which
-        are dropped from the turns).
 
     BadSampleError for a row that nothing can be learned from.
     """
-    if row is None:
-        raise BadSampleError("not a JSON object")
-    n_images = rows.check_images(row)
-    turns = check_conversation(row.get("conversations"))
+    if isinstance(row, BadSampleError):
+        raise row
+    pictures = rows.check_images(row)
+    turns = check_conversation(row.conversations)
     if not any(role == "assistant" for role, _ in turns):
         raise BadSampleError("no answer")
-    turns, n_surplus = match_image_tags(turns, n_images)
-    return turns, n_images, n_surplus
+    turns, n_surplus = match_image_tags(turns, len(pictures))
+    repairs = (*row.repairs, SURPLUS_DROPPED) if n_surplus else row.repairs
+    return CheckedRow(turns, pictures, repairs)
 
 
 class VLMDataset(Dataset):
     """`ds[i]` is a sample of usable row i: input_ids, labels, pixel_values (`VLMProcessor.encode`).
 
     It raises BadSampleError where a picture turns out to be damaged. `lengths[i]` estimates the
-    tokens of row i. `skipped` counts the rows left out at the start by reason, `repaired` those
-    with more `<image>` tags than images.
+    tokens of row i, `formats` names the format of the file. `skipped` counts the rows left out at
+    the start by reason, `repaired` those that were repaired by what was done, `text_only` those
+    without images; `n_images` are the images of all usable rows, `n_pictures` the distinct ones.
 
     Args:
-        data_path: a .jsonl or .parquet file, see dataset/rows.py.
-        images_path: folder or .zip of a .jsonl's images; None if there is none.
+        data_path: a data file, see dataset/rows.py.
+        images_path: folder or .zip of the images that its rows name; None if there is none.
         processor: encodes the rows.
         max_length: most tokens of a sample; longer ones are cut.
     """
@@ -92,34 +104,51 @@ class VLMDataset(Dataset):
             "images": str(images_path),
             "max_length": max_length,
             "n_image_tokens": processor.config.n_image_tokens,
+            "counts": list(vars(RowCounts())),
         }
-        cached = open_cached(self.data_path, "rows", ROW, **settings)
-        if cached:
-            usable, counts = cached[0], RowCounts(**cached[1])
-        else:
-            usable, counts = self._check_rows()
+        cached = self._open_cached(settings)
+        if not cached:
+            cached = self._check_rows()
+            usable, _, counts = cached
             n_rows = len(usable) + sum(counts.skipped.values())
             # A cache would hide images that come later.
             if n_rows >= CACHED_FROM and not counts.skipped["image missing"]:
-                save_cached(usable, vars(counts), self.data_path, "rows", **settings)
+                self._save_cached(*cached, settings)
+        usable, self.pictures, counts = cached
 
         self.keys, self.lengths = usable["key"], usable["length"]
-        self.skipped = Counter(counts.skipped)
-        self.repaired, self.n_images = counts.repaired, counts.n_images
+        self.skipped, self.repaired = Counter(counts.skipped), Counter(counts.repaired)
+        self.n_images, self.text_only = counts.n_images, counts.text_only
+        self.n_pictures, self.formats = len(self.pictures), [self.rows.format]
 
-    def _check_rows(self) -> tuple[np.ndarray, RowCounts]:
-        """(ROW[n] of the usable rows, counts). No picture is opened."""
+    def _open_cached(self, settings: dict) -> tuple[np.ndarray, np.ndarray, RowCounts] | None:
+        rows = open_cached(self.data_path, "rows", ROW, **settings)
+        pictures = open_cached(self.data_path, "pictures", PICTURE, **settings)
+        return (rows[0], pictures[0], RowCounts(**rows[1])) if rows and pictures else None
+
+    def _save_cached(
+        self, usable: np.ndarray, pictures: np.ndarray, counts: RowCounts, settings: dict
+    ) -> None:
+        save_cached(pictures, {}, self.data_path, "pictures", **settings)
+        save_cached(usable, vars(counts), self.data_path, "rows", **settings)
+
+    def _check_rows(self) -> tuple[np.ndarray, np.ndarray, RowCounts]:
+        """(ROW[n] of the usable rows, PICTURE[m] sorted, counts). No picture is opened."""
         # each row is used, or counted with the reason why not
-        counts, keys, lengths = RowCounts(), array("q"), array("i")
+        counts, keys, lengths, pictures = RowCounts(), array("q"), array("i"), array("Q")
         n_image_tokens = self.processor.config.n_image_tokens
         for key, n_bytes, row in self.rows.scan():
             try:
-                _, n_images, n_surplus = check_row(self.rows, row)
+                checked = check_row(self.rows, row)
             except BadSampleError as error:
                 counts.skipped[error.args[0]] += 1
                 continue
-            counts.repaired += n_surplus > 0
+            if checked.repairs:
+                counts.repaired.update(checked.repairs)
+            n_images = len(checked.pictures)
             counts.n_images += n_images
+            counts.text_only += not n_images
+            pictures.extend(checked.pictures)
             n_tokens = n_bytes // BYTES_PER_TOKEN + n_images * n_image_tokens
             keys.append(key)
             lengths.append(min(self.max_length, n_tokens))
@@ -132,7 +161,7 @@ class VLMDataset(Dataset):
 
         usable = np.empty(len(keys), ROW)
         usable["key"], usable["length"] = keys, lengths
-        return usable, counts
+        return usable, np.unique(np.array(pictures, PICTURE)), counts
 
     def _explain_missing_images(self, skipped: Counter[str]) -> str:
         """What to do about a set without a single image; "" where that is not the reason."""
@@ -152,9 +181,9 @@ class VLMDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row, images = self.read(index)
-        return self.processor.encode(row["conversations"], images, self.max_length)
+        return self.processor.encode(row.conversations, images, self.max_length)
 
-    def read(self, index: int) -> tuple[dict, list[Path | io.BytesIO]]:
+    def read(self, index: int) -> tuple[Row, list[Path | io.BytesIO]]:
         """(row, its images as `load_image` takes them): what evaluation needs."""
         row = self.rows.read(int(self.keys[index]))
         return row, self.rows.images(row)
@@ -162,4 +191,4 @@ class VLMDataset(Dataset):
     def read_text(self, index: int) -> tuple[dict[str, torch.Tensor], list[Path | io.BytesIO]]:
         """({input_ids, labels}, its images as `load_image` takes them): what training needs."""
         row, images = self.read(index)
-        return self.processor.encode_text(row["conversations"], images, self.max_length)
+        return self.processor.encode_text(row.conversations, images, self.max_length)

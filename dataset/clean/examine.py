@@ -17,7 +17,7 @@ from common.errors import BadSampleError
 from common.files import hash_to_int, read_image_bytes
 from dataset.clean.repair import check_answers, repair_conversation
 from dataset.clean.settings import Settings
-from dataset.images import normalize_name, split_names
+from dataset.images import normalize_name
 from dataset.rows import Rows, open_rows
 from model.image import load_image
 
@@ -50,39 +50,32 @@ def examine_rows(settings: Settings, keys: np.ndarray) -> tuple:
     for number, key in enumerate(keys.tolist()):
         try:
             row = source.read(key)
-            if row is None:
-                raise BadSampleError("not a JSON object")
-            ids, names = identify_images(row)
-            turns, repaired = repair_conversation(row.get("conversations"), len(ids))
+            ids = source.check_images(row)
+            names = [name_picture(*one) for one in zip(row.images, ids)]
+            turns, repaired = repair_conversation(row.conversations, len(ids))
             texts = check_answers(turns, settings)
         except BadSampleError as error:
             rows["is_rejected"][number] = True
             lines.append({"reason": error.args[0], "detail": error.detail})
             continue
-        for name in ("image", "image_bytes", "conversations"):
-            row.pop(name, None)
-        lines.append({"row": row | {"conversations": turns}, "images": names})
-        repairs.update(repaired)
+        lines.append({"row": row.other | {"conversations": turns}, "images": names})
+        repairs.update([*row.repairs, *repaired])
         images += ids
         answers += map(hash_text, texts)
         length = sum(map(len, texts))
         rows[number] = (len(ids), len(texts), length, hash_text("\n".join(texts)), False)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     return rows, np.array(images, np.uint64), np.array(answers, np.uint64), repairs, text
 
 
-def identify_images(row: dict) -> tuple[list[int], list[str]]:
-    """(64 bits that tell each picture of a row from others, its name in the cleaned set).
-
-    Pictures in a Parquet file have no name: they are known by their bytes.
-    """
-    if "image_bytes" in row:
-        ids = [hash_to_int(image or b"") for image in row["image_bytes"]]
-        return ids, [f"{one:016x}.jpg" for one in ids]
-    names = [normalize_name(name) for name in split_names(row.get("image"))]
-    ids = [hash_to_int(name.encode()) for name in names]
-    jpeg = (".jpg", ".jpeg")
-    return ids, [name if name.lower().endswith(jpeg) else f"{name}.jpg" for name in names]
+def name_picture(image: str | bytes, id_: int) -> str:
+    """What a picture is called in the cleaned set: what its row calls it, if that is a name."""
+    try:
+        name = normalize_name(image) if isinstance(image, str) else f"{id_:016x}"
+    except BadSampleError:
+        # an absolute one, of a picture in its folder
+        name = f"{id_:016x}"
+    return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
 
 
 def hash_text(text: str) -> int:

@@ -6,6 +6,7 @@ from ftfy import TextFixerConfig, fix_text
 
 from common.errors import BadSampleError
 from dataset.clean.settings import Settings
+from dataset.formats import PUT_IN_FRONT, SURPLUS_DROPPED
 from dataset.language import UNSURE, detect_language
 from model.processing import IMAGE_TAG, check_conversation, match_image_tags
 
@@ -14,18 +15,14 @@ from model.processing import IMAGE_TAG, check_conversation, match_image_tags
 TEXT_FIXES = TextFixerConfig(
     fix_character_width=False, fix_latin_ligatures=False, uncurl_quotes=False
 )
-# Names of roles in other sets.
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 LOST = "\ufffd"  # stands for a lost character
 
 
-def repair_conversation(conversations: object, n_images: int) -> tuple[list[dict], list[str]]:
+def repair_conversation(conversations: list[dict], n_images: int) -> tuple[list[dict], list[str]]:
     """(turns with role and content that can be trained on, names of the repairs made).
 
     BadSampleError where the row cannot be repaired.
     """
-    if not isinstance(conversations, list) or not conversations:
-        raise BadSampleError("no conversation")
     repairs: list[str] = []
     turns = [read_turn(turn, index, repairs) for index, turn in enumerate(conversations)]
     turns = match_tags(order_turns(turns, repairs), n_images, repairs)
@@ -33,21 +30,12 @@ def repair_conversation(conversations: object, n_images: int) -> tuple[list[dict
     return turns, sorted(set(repairs))
 
 
-def read_turn(turn: object, index: int, repairs: list[str]) -> dict:
-    """{"role", "content"} of a turn, also of one in other sets' words; role "" if not given."""
-    if isinstance(turn, dict) and "content" not in turn and "value" in turn:
-        turn = {"role": turn.get("from"), "content": turn["value"]}
-        repairs.append("turn named from and value")
-    if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-        raise BadSampleError("turn without text content", f"turn {index}")
-    role = turn.get("role") or ""
-    if role in ROLES:
-        role = ROLES[role]
-        repairs.append("role renamed")
+def read_turn(turn: dict, index: int, repairs: list[str]) -> dict:
+    """{"role", "content"} of a turn with its text repaired; role "" if not given."""
     content = repair_text(turn["content"], repairs)
     if LOST in content:
         raise BadSampleError("lost characters", f"turn {index}: {content[:80]}")
-    return {"role": role, "content": content}
+    return {"role": turn.get("role") or "", "content": content}
 
 
 def repair_text(text: str, repairs: list[str]) -> str:
@@ -105,11 +93,11 @@ def match_tags(turns: list[dict], n_images: int, repairs: list[str]) -> list[dic
     missing = n_images - sum(turn["content"].count(IMAGE_TAG) for turn in questions)
     if missing > 0:
         questions[0]["content"] = missing * f"{IMAGE_TAG}\n" + questions[0]["content"]
-        repairs.append("<image> added")
+        repairs.append(PUT_IN_FRONT)
     pairs = [(turn["role"], turn["content"]) for turn in turns]
     matched, surplus = match_image_tags(pairs, n_images)
     if surplus:
-        repairs.append("surplus <image> dropped")
+        repairs.append(SURPLUS_DROPPED)
     return [{"role": role, "content": content.strip()} for role, content in matched]
 
 

@@ -124,14 +124,14 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
             # the row, as it came if it is rejected
             if part == REJECTED:
                 row = {"row": number + 1, "reason": reason, "detail": detail}
-                row |= read_raw(source, int(found.keys[number]))
+                row |= source.read_raw(int(found.keys[number]))
                 written.reasons[reason] += 1
             elif settings.format == "parquet":
                 text = json.dumps(turns, ensure_ascii=False)
                 row = {"conversations": text, "image_bytes": list(map(pictures.read, shown))}
             else:
                 names = list(map(pictures.move, shown, line["images"]))
-                row = line["row"] | ({"image": ", ".join(names)} if names else {})
+                row = line["row"] | join_names(names)
             files[part].add(row)
             written.counts[PARTS[part]] += 1
             # an example for the report
@@ -145,15 +145,11 @@ def write_set(settings: Settings, folder: Path, work: Path, decision: Decision) 
     return written
 
 
-def read_raw(source: Rows, key: int) -> dict:
-    """A row as it came: a .jsonl's line, or the values of a .parquet."""
-    if not isinstance(source, ParquetRows):
-        return {"line": source.read_line(key).decode("utf-8", "backslashreplace").rstrip("\r\n")}
-    text, images = source.values(key)
-    if not isinstance(text, str | None):
-        text = json.dumps(text, ensure_ascii=False)
-    images = [images] if isinstance(images, bytes) else images or []
-    return {"conversations": text, "image_bytes": images}
+def join_names(names: list[str]) -> dict:
+    """ "image" of a row as the published sets have it; a list where a name has a comma."""
+    if not names:
+        return {}
+    return {"image": names if any("," in name for name in names) else ", ".join(names)}
 
 
 def explain(decision: Decision, number: int, line: dict, pictures: Pictures) -> tuple[str, str]:

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import BadSampleError
-from dataset.images import ImageFolder, split_names
+from common.errors import BadSampleError, list_reasons
+from dataset.formats import Row
+from dataset.images import ImageFolder
 from dataset.language import UNSURE, detect_language
 from dataset.mixture import Source
 from dataset.preview.contact_sheet import Sample, split_pieces, write_sheet
 from dataset.preview.settings import Settings
-from dataset.rows import JsonLinesRows, Rows, open_rows
+from dataset.rows import ParquetRows, Rows, open_rows
 from dataset.vlm_dataset import check_row
 from model.image import load_image
 from model.processing import VLMProcessor, count_labels
@@ -36,7 +37,9 @@ class Checked:
         # Of the others: how many by reason, and (key, detail) of the first of each reason.
         self.left_out: Counter[str] = Counter()
         self.places: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        self.n_repaired = self.n_opened = 0
+        self.repaired: Counter[str] = Counter()
+        self.pictures = array("Q")
+        self.n_opened = 0
 
     def leave_out(self, key: int, error: BadSampleError) -> None:
         """Count a row that cannot be used."""
@@ -107,14 +110,15 @@ def check_rows(rows: Rows) -> Checked:
     checked = Checked()
     for key, _, row in rows.scan():
         try:
-            turns, n_images, surplus = check_row(rows, row)
+            one = check_row(rows, row)
         except BadSampleError as error:
             checked.leave_out(key, error)
             continue
         checked.usable.append(key)
-        checked.n_images.append(n_images)
-        checked.n_answers.append(sum(role == "assistant" for role, _ in turns))
-        checked.n_repaired += surplus > 0
+        checked.n_images.append(len(one.pictures))
+        checked.n_answers.append(sum(role == "assistant" for role, _ in one.turns))
+        checked.repaired.update(one.repairs)
+        checked.pictures.extend(one.pictures)
     return checked
 
 
@@ -139,15 +143,14 @@ def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> lis
     return good
 
 
-def open_all(rows: Rows, row: dict) -> list[Image.Image]:
+def open_all(rows: Rows, row: Row) -> list[Image.Image]:
     """The row's pictures; a BadSampleError names the one that cannot be opened."""
-    names = split_names(row.get("image"))  # of a .jsonl
     pictures = []
-    for number, source in enumerate(rows.images(row)):
+    for number, (image, source) in enumerate(zip(row.images, rows.images(row))):
         try:
             pictures.append(load_image(source))
         except BadSampleError as error:
-            name = names[number] if names else f"picture {number}"
+            name = image if isinstance(image, str) else f"picture {number}"
             detail = error.detail if name in error.detail else f"{name}: {error.detail}"
             raise BadSampleError(error.args[0], detail) from error
     return pictures
@@ -167,20 +170,22 @@ def count_tokens(
     counts, languages = [], Counter()
     for key in tqdm(keys, desc="count tokens", unit="row", leave=False, delay=1):
         row = rows.read(key)
-        turns, n_images, _ = check_row(rows, row)
-        whole, _, n_labels_kept = encode_and_cut(row, n_images, processor, max_seq_len)
+        turns, pictures, _ = check_row(rows, row)
+        whole, _, n_labels_kept = encode_and_cut(
+            row.conversations, len(pictures), processor, max_seq_len
+        )
         counts.append((len(whole["labels"]), count_labels(whole["labels"]), n_labels_kept))
         languages.update(detect_language(content) for role, content in turns if role == "assistant")
     return TokenCounts(*np.array(counts, np.int64).reshape(-1, 3).T, languages)
 
 
 def encode_and_cut(
-    row: dict, n_images: int, processor: VLMProcessor, max_seq_len: int
+    turns: list[dict], n_images: int, processor: VLMProcessor, max_seq_len: int
 ) -> tuple[dict, int, int]:
     """Encode a row, and see what is left of it at `max_seq_len`.
 
     Args:
-        row: as it is in the file.
+        turns: its conversation.
         n_images: how many images it has.
         processor: encodes it.
         max_seq_len: tokens it is cut at.
@@ -190,11 +195,11 @@ def encode_and_cut(
         no answer is left.
     """
     images = [None] * n_images
-    whole, _ = processor.encode_text(row["conversations"], images, UNCUT)
+    whole, _ = processor.encode_text(turns, images, UNCUT)
     kept = whole
     if len(whole["labels"]) > max_seq_len:
         try:
-            kept, _ = processor.encode_text(row["conversations"], images, max_seq_len)
+            kept, _ = processor.encode_text(turns, images, max_seq_len)
         except BadSampleError:
             return whole, 0, 0
     return whole, len(kept["labels"]), count_labels(kept["labels"])
@@ -208,7 +213,9 @@ def make_samples(
     for key, place in zip(keys, rows.name_places(keys)):
         row = rows.read(key)
         images = open_all(rows, row)
-        whole, n_kept, n_labels_kept = encode_and_cut(row, len(images), processor, max_seq_len)
+        whole, n_kept, n_labels_kept = encode_and_cut(
+            row.conversations, len(images), processor, max_seq_len
+        )
         n_tokens, n_labels = len(whole["labels"]), count_labels(whole["labels"])
         title = f"{place} · {n_tokens:,} tokens, {n_labels:,} of them labels"
         if n_kept < n_tokens:
@@ -223,7 +230,7 @@ def make_samples(
 def show_source(source: Source, rows: Rows) -> None:
     """Print the name of a file, its images and its weight."""
     line = source.path
-    if isinstance(rows, JsonLinesRows):
+    if not isinstance(rows, ParquetRows):
         folder = rows.image_source
         is_there = not isinstance(folder, ImageFolder) or folder.path.is_dir()
         line += f"   images: {folder.path if folder else 'no --images given'}"
@@ -231,6 +238,7 @@ def show_source(source: Source, rows: Rows) -> None:
     if source.weight != 1:
         line += f"   each row {float(source.weight):g} times an epoch"
     print(line)
+    show("format", rows.format)
 
 
 def show_checks(rows: Rows, checked: Checked) -> None:
@@ -244,17 +252,16 @@ def show_checks(rows: Rows, checked: Checked) -> None:
         print(f"  {count:>7,}  {reason}")
         keys = [key for key, _ in checked.places[reason]]
         for (key, detail), place in zip(checked.places[reason], rows.name_places(keys)):
-            if not detail and reason == "not a JSON object":
-                detail = rows.explain(key)
             print(f"           {place:<12} {one_line(detail)}".rstrip())
-    if checked.n_repaired:
-        hint = "more <image> than images: the last ones are dropped"
-        show("repaired", f"{checked.n_repaired:,}  ({hint})")
+    if checked.repaired:
+        show("repaired", list_reasons(checked.repaired))
     if checked.n_opened < n_usable:
         hint = "random rows were opened, of the others their names looked up"
         show("pictures", f"those of {checked.n_opened:,} {hint}")
     if n_usable:
         show("images per row", list_counts(checked.n_images))
+        n_pictures = len(np.unique(np.array(checked.pictures, np.uint64)))
+        show("distinct images", f"{n_pictures:,} in {sum(checked.n_images):,}")
         show("answers per row", list_counts(checked.n_answers))
 
 

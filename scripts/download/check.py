@@ -99,10 +99,8 @@ def check_rows(path: Path, archive: Path) -> str:
     problems = Counter()
     for _, _, row in islice(rows.scan(), N_ROWS):
         try:
-            if row is None:
-                raise BadSampleError("not a JSON object")
-            if "conversations" not in row:
-                raise BadSampleError("no conversation")
+            if isinstance(row, BadSampleError):
+                raise row
             rows.check_images(row)
         except BadSampleError as error:
             problems[error.args[0]] += 1

@@ -128,7 +128,7 @@ def test_the_printed_numbers(tmp_path, monkeypatch, capsys, processor):
         and "rows             40\nusable           40  (100.0%)\nleft out         0\n" in printed
     )
     assert (
-        "repaired         1  " in printed
+        "repaired         1 surplus <image> dropped" in printed
         and "images per row   0: 14   1: 13   2: 13\nanswers per row  1: 40" in printed
     )
     encoded = [
@@ -181,7 +181,7 @@ def test_broken_rows_are_named_by_their_place(tmp_path, monkeypatch, capsys):
         '"text"',
         row("torn.png", "<image>?", "x"),
         row("../a.png", "<image>?", "x"),
-        row("a.png", "?", "x"),
+        row("a.png, a.png", "?", "x"),
         [1, 2],
         *[row(None, "?", " ")] * 5,
         row("a.png\u2028\x1b.png", "<image>?", "x"),
@@ -217,7 +217,7 @@ def test_broken_rows_are_named_by_their_place(tmp_path, monkeypatch, capsys):
         "Expecting value",
         "it is [1, 2]",
         r"a.png \x1b.png",
-        "0 for 1",
+        "0 for 2",
         r"'\ud83d'",
     )
     for detail in details:
@@ -376,8 +376,9 @@ class Page(HTMLParser):
 
 
 def show_page(processor, path: Path, question: str, answer: str, max_seq_len: int = 640) -> Page:
-    conversation, n_images = row(None, question, answer), question.count("<image>")
-    whole, n_kept, _ = checks.encode_and_cut(conversation, n_images, processor, max_seq_len)
+    n_images = question.count("<image>")
+    turns = row(None, question, answer)["conversations"]
+    whole, n_kept, _ = checks.encode_and_cut(turns, n_images, processor, max_seq_len)
     sample = Sample("line 1", [picture()] * n_images, split_pieces(whole, n_kept, processor))
     write_sheet(path, "<b>rows</b>.jsonl", "about", [sample], f"--max_seq_len {max_seq_len}")
     return Page(path)
@@ -391,7 +392,7 @@ def test_green_is_what_the_loss_counts_and_red_what_is_cut(
     path = tmp_path_factory.mktemp("page") / "page.html"
     question = "<image>" * n_images + question
     whole, n_kept, n_labels_kept = checks.encode_and_cut(
-        row(None, question, answer), n_images, processor, max_seq_len
+        row(None, question, answer)["conversations"], n_images, processor, max_seq_len
     )
     n_tokens = len(whole["labels"])
     page = show_page(processor, path, question, answer)

@@ -58,14 +58,15 @@ def test_rows_with_no_one_and_two_images(folder, processor):
         2 * N_PATCHES,
         0,
     ]
-    assert not data.skipped and data.repaired == 1
+    assert not data.skipped and data.repaired == {"surplus <image> dropped": 1}
+    assert (data.text_only, data.n_images, data.n_pictures) == (1, 5, 3)
     assert data.lengths[1] > data.lengths[0] > data.lengths[3], "estimated lengths order the rows"
 
 
 def test_unusable_rows_are_counted_by_reason(folder, processor):
     lines = [json.dumps(r) for r in (
         row("a.jpg"), row("missing.jpg"), row("../secret.jpg"), row(str(folder / "secret.jpg")),
-        row("a.jpg", "no tag"), row("a.jpg", answer=" "), {"image": "a.jpg"}, row({"x": 1}),
+        row("a.jpg, b.jpg", "no tag"), row("a.jpg", answer=" "), {"image": "a.jpg"}, row({"x": 1}),
     )]  # fmt: skip
     lines += [
         json.dumps(row("a.jpg", answer="half a \ud83d")),
@@ -176,7 +177,7 @@ def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
     scans = []
     scan = JsonLinesRows.scan
     monkeypatch.setattr(JsonLinesRows, "scan", lambda rows: scans.append(1) or scan(rows))
-    rows = [row("a.jpg"), row("b.jpg", "no tag"), row("b.jpg")]
+    rows = [row("a.jpg"), row("b.jpg", answer=""), row("b.jpg")]
     first, again = (
         read(folder, rows, processor),
         VLMDataset(folder / "data.jsonl", folder / "images", processor, 200),

@@ -1,0 +1,373 @@
+"""Rows of the field's formats, read as they are: any JSON object becomes a `Row`, or a reason.
+
+    format              text                                              pictures
+    MiniMind-V          conversations: [{role, content}], also as text    image, image_bytes
+    LLaVA, ShareGPT     conversations: [{from, value}]                    image, images
+    messages            messages: [{role, content}], content a text       in the parts, or images
+                        or parts {type: text | image | image_url, ...}
+    question/answer     query and response, question and answer, ...      image, images
+    captions            caption, text, ...: the question is drawn         image, file_name, ...
+
+Pictures may stand under any key of `row_images.IMAGE_KEYS`.
+"""
+
+import json
+import re
+import reprlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from common.errors import BadSampleError
+from dataset.language import is_chinese
+from dataset.row_images import find_image_key, find_named_keys, read_images, simplify_key
+
+# That of model/processing.py, which would import PyTorch.
+IMAGE_TAG = "<image>"
+PUBLISHED = "conversations", "image"
+SHORT_NAME = 64  # shorter than any base64
+# Names of repairs.
+PUT_IN_FRONT = "<image> put in front"
+SURPLUS_DROPPED = "surplus <image> dropped"
+
+CHAT_KEYS = "conversations", "messages", "conversation", "dialogue", "dialog", "chat", "texts"
+QUESTION_KEYS = "query", "question", "instruction", "prompt", "problem", "user"
+ANSWER_KEYS = (
+    *("response", "answer", "output", "completion", "answers", "multiplechoiceanswer"),
+    *("solution", "assistant"),
+)
+CAPTION_KEYS = (
+    *("caption", "captions", "text", "txt", "description", "sentence", "sentences", "texts"),
+    *("imagecaption", "comment", "alttext", "alt", "blipcaption", "prompt", "title"),
+)
+# Names of the two sides in other sets.
+ROLES = {
+    **dict.fromkeys(("user", "human", "usr", "prompter", "question", "instruction"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "answer"), "assistant"),
+    "system": "system",
+}
+# What stands for a picture in the text of other sets.
+OTHER_TAG = re.compile(
+    r"<img>[^<>\n]{0,500}</img>"
+    r"|(?:<\|vision_start\|>\s*)?(?:<\|image_pad\|>)+(?:\s*<\|vision_end\|>)?"
+    r"|<\|?(?:image|img|picture)(?:[ _-]?(?:pad|placeholder|soft_token|token|here|\d{1,3}))*\|?>"
+    r"|<start_of_image>|<ImageContent>|\[(?:IMG|IMAGE)\]",
+    re.IGNORECASE,
+)
+# Asked about a picture that comes with a caption only.
+QUESTIONS = (
+    "What is in this picture?",
+    "Describe the picture.",
+    "What does the image show?",
+    "Give a short description of the image.",
+    "What can you see here?",
+    "Write a caption for this picture.",
+)
+CHINESE_QUESTIONS = (
+    "图片里有什么？",
+    "描述一下这张图片。",
+    "这张图片展示了什么？",
+    "请简要描述图像的内容。",
+    "你在图中看到了什么？",
+    "给这张图片写一句说明。",
+)
+
+
+@dataclass(slots=True)
+class Row:
+    """One row, whatever its format was.
+
+    Args:
+        conversations: [{"role", "content"}]; text only, pictures are `<image>` in user turns. The
+            role is missing where the row has none.
+        images: of each picture a name to look up, or its encoded file.
+        other: the keys that are neither ("id", "type", ...).
+        repairs: what had to be repaired, in words that can be counted.
+    """
+
+    conversations: list[dict]
+    images: list[str | bytes]
+    other: dict
+    repairs: tuple[str, ...] = ()
+
+
+class Text(NamedTuple):
+    """The text of a record, and the pictures that stand in it."""
+
+    format: str
+    keys: tuple[str, ...]  # of the record, that it came from
+    turns: list[dict]
+    # One for each picture among the parts of turns; None: the next one that the record has.
+    images: list[str | bytes | None]
+
+
+def convert(record: dict) -> Row:
+    """The row that a record of any of the formats stands for.
+
+    BadSampleError says what is missing: "no conversation", "turn without text content", "<image>
+    but no image", "image is a URL", ...
+    """
+    # the published sets are large: their rows take the short way
+    row = _read_published(record)
+    if row is not None:
+        return row
+
+    # text and pictures, wherever they are
+    text = _read_text(record)
+    key = find_image_key({name: record[name] for name in record if name not in text.keys})
+    images = [] if key is None else read_images(record[key], key)
+    if text.images:
+        images = _fill_in(text.images, images)
+    used = (*text.keys, key)
+    other = {name: value for name, value in record.items() if name not in used}
+
+    # as many tags as pictures, as far as the format leaves no doubt
+    turns, repairs = _match_tags(text.turns, images, record), ()
+    if len(images) == 1 and not count_tags(turns):
+        turns = _put_in_front(turns)
+        repairs = () if text.format == "captions" else (PUT_IN_FRONT,)
+    return Row(turns, images, other, repairs)
+
+
+def _read_published(record: dict) -> Row | None:
+    """A row of one picture as the published sets have it; None for any other one."""
+    image, turns, n_tags = record.get("image"), record.get("conversations"), 0
+    is_one_name = type(image) is str and image.isascii() and "," not in image and ":" not in image
+    if not is_one_name or type(turns) is not list or len(image) > SHORT_NAME:
+        return None
+    for turn in turns:
+        if type(turn) is not dict or type(content := turn.get("content")) is not str:
+            return None
+        role = turn.get("role")
+        if role == "user":
+            n_tags += content.count(IMAGE_TAG)
+        elif role != "assistant":
+            return None
+    if not image or not n_tags:
+        return None
+    other = {} if len(record) == 2 else {key: record[key] for key in record if key not in PUBLISHED}
+    return Row(turns, [image], other)
+
+
+def name_format(record: dict) -> str:
+    """What a record's format is called: "MiniMind-V", "LLaVA", "messages", "captions", ..."""
+    try:
+        return _read_text(record).format
+    except BadSampleError:
+        return "unknown"
+
+
+def count_tags(turns: list[dict]) -> int:
+    """How many `<image>` the user turns have."""
+    return sum(turns[index]["content"].count(IMAGE_TAG) for index in _user_turns(turns))
+
+
+def _user_turns(turns: list[dict]) -> list[int]:
+    """Indices of the user's turns; turns without a role alternate, after a system turn."""
+    n_system = bool(turns) and turns[0].get("role") == "system"
+    return [
+        index
+        for index, turn in enumerate(turns)
+        if (turn.get("role") or ("user", "assistant")[(index - n_system) % 2]) == "user"
+    ]
+
+
+def _match_tags(turns: list[dict], images: list[str | bytes], record: dict) -> list[dict]:
+    """The turns with the tags of other sets written as `<image>`.
+
+    BadSampleError where a tag stands for a picture that is not there.
+    """
+    if count_tags(turns):
+        if not images:
+            raise BadSampleError("<image> but no image", _explain_keys(record))
+        return turns
+    users = _user_turns(turns)
+    tags = [tag for index in users for tag in OTHER_TAG.findall(turns[index]["content"])]
+    if not images:
+        # HTML is full of "<img>".
+        if any(not tag.lower().startswith("<img") for tag in tags):
+            raise BadSampleError("<image> but no image", _explain_keys(record))
+        return turns
+    if not tags:
+        return turns
+    return [
+        turn | {"content": OTHER_TAG.sub(IMAGE_TAG, turn["content"])} if index in users else turn
+        for index, turn in enumerate(turns)
+    ]
+
+
+def _put_in_front(turns: list[dict]) -> list[dict]:
+    """The turns with `<image>` before the first question."""
+    users = _user_turns(turns)
+    return [
+        turn | {"content": f"{IMAGE_TAG}\n{turn['content']}"} if [index] == users[:1] else turn
+        for index, turn in enumerate(turns)
+    ]
+
+
+def _explain_keys(record: dict) -> str:
+    """What a record has in place of a picture, to be shown beside the reason."""
+    named = find_named_keys(record)
+    if len(named) > 1:
+        return f"{' and '.join(named)} name pictures: write them as a list under image"
+    empty = [key for key, value in record.items() if "im" in key.casefold() and not value]
+    if empty:
+        return f"{empty[0]} is {json.dumps(record[empty[0]])}"
+    return f"the row has the keys {', '.join(record)}"[:200]
+
+
+def _fill_in(own: list, images: list[str | bytes]) -> list[str | bytes]:
+    """The pictures of the parts; those that a part only announces come from the record."""
+    left = iter(images)
+    filled = [next(left, None) if image is None else image for image in own]
+    if None in filled:
+        n_missing = filled.count(None)
+        raise BadSampleError("<image> but no image", f"{len(own)} in the text, {n_missing} missing")
+    return filled
+
+
+def _read_text(record: dict) -> Text:
+    """The text of a record, by the first format that fits."""
+    for read in (_read_chat, _read_question, _read_caption):
+        text = read(record)
+        if text is not None:
+            return text
+    raise BadSampleError("no conversation", f"the row has the keys {', '.join(record)}"[:200])
+
+
+def _read_chat(record: dict) -> Text | None:
+    """A list of turns: conversations, messages, ..."""
+    key = next((key for key in CHAT_KEYS if record.get(key)), None)
+    if key is None:
+        if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
+            turns = _read_turns(record["prompt"] + record["completion"])
+            return Text("prompt/completion", ("prompt", "completion"), *turns)
+        return None
+    value = record[key]
+    if isinstance(value, str) and key != "texts":
+        value = _read_json(value)
+    # Captions, one for each of several pictures or languages.
+    if not isinstance(value, list) or (value and key == "texts" and isinstance(value[0], str)):
+        return None
+    turns, images = _read_turns(value)
+    name = "messages" if key == "messages" else "MiniMind-V" if key == "conversations" else key
+    if value and isinstance(value[0], dict) and "from" in value[0]:
+        name = "LLaVA" if "image" in record else "ShareGPT"
+    return Text(name, (key,), turns, images)
+
+
+def _read_json(text: str) -> object:
+    """A list that is written as text, as Parquet files and spreadsheets have it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("not a JSON object", f"{error}: {text[:60]}") from error
+
+
+def _read_turns(turns: list) -> tuple[list[dict], list]:
+    """({"role", "content"} of each turn, the pictures among its parts)."""
+    read, images = [], []
+    for index, turn in enumerate(turns):
+        for role, content in _split_turn(turn, index):
+            text, shown = _read_content(content, index)
+            images += shown
+            role = ROLES.get(role.casefold(), role) if isinstance(role, str) else None
+            read.append({"role": role, "content": text} if role else {"content": text})
+    return read, images
+
+
+def _split_turn(turn: object, index: int) -> Iterator[tuple[object, object]]:
+    """(role, content) of a turn, or of the question and the answer that it holds."""
+    if isinstance(turn, list | tuple) and len(turn) == 2:
+        yield from zip(("user", "assistant"), turn)
+        return
+    if not isinstance(turn, dict):
+        raise BadSampleError("turn without text content", f"turn {index}")
+    content = next((key for key in ("content", "value", "text") if key in turn), None)
+    if content is not None:
+        yield turn.get("role") or turn.get("from") or turn.get("speaker"), turn[content]
+        return
+    pair = [next((key for key in keys if key in turn), None) for keys in _PAIR_KEYS]
+    if None in pair:
+        raise BadSampleError("turn without text content", f"turn {index}")
+    yield from zip(("user", "assistant"), (turn[key] for key in pair))
+
+
+_PAIR_KEYS = QUESTION_KEYS, ANSWER_KEYS
+
+
+def _read_content(content: object, index: int) -> tuple[str, list]:
+    """(text with a tag for each picture, the pictures) of a turn's content: a text, or parts."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list | dict) or not content:
+        raise BadSampleError("turn without text content", f"turn {index}")
+    lines, images = [], []
+    for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str) and kind in ("text", "input_text", "output_text", None):
+            lines.append(text)
+        elif isinstance(kind, str) and "image" in kind:
+            value = {key: part[key] for key in part if key not in ("type", "text", "index")}
+            images += (read_images(value, kind) if any(value.values()) else []) or [None]
+            lines.append(IMAGE_TAG)
+        else:
+            raise BadSampleError("turn without text content", f"turn {index}: {kind!r:.60}")
+    return "\n".join(lines), images
+
+
+def _find_key(record: dict, names: tuple[str, ...]) -> str | None:
+    """The key of a record that is written in one of these ways and has a value."""
+    simple = {simplify_key(key): key for key, value in record.items() if value not in (None, "")}
+    return next((simple[name] for name in names if name in simple), None)
+
+
+def _read_question(record: dict) -> Text | None:
+    """One question and its answer, maybe after earlier ones."""
+    question, answer = (_find_key(record, names) for names in _PAIR_KEYS)
+    if question is None or answer is None:
+        return None
+    keys = [question, answer]
+    asked, given = record[question], choose_answer(record[answer])
+    if question == "instruction" and isinstance(record.get("input"), str) and record["input"]:
+        asked, keys = f"{asked}\n{record['input']}", [*keys, "input"]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": given}]
+
+    # what came before
+    for key in ("history", "system"):
+        keys += [key] * bool(record.get(key))
+    if isinstance(record.get("history"), list):
+        turns = record["history"] + turns
+    if isinstance(record.get("system"), str) and record["system"]:
+        turns = [{"role": "system", "content": record["system"]}, *turns]
+    return Text(f"{question}/{answer}", tuple(keys), *_read_turns(turns))
+
+
+def choose_answer(value: object) -> object:
+    """The answer that most people gave, where a record has a list of them."""
+    if isinstance(value, list):
+        answers = [one.get("answer") if isinstance(one, dict) else one for one in value]
+        counts = Counter(answer for answer in answers if isinstance(answer, str))
+        return max(counts, key=counts.get, default=None)
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _read_caption(record: dict) -> Text | None:
+    """A picture and a text about it: the question is drawn, the same one each time."""
+    key = _find_key(record, CAPTION_KEYS)
+    if key is None or find_image_key({name: record[name] for name in record if name != key}) is None:
+        return None
+    caption, seed = record[key], zlib.crc32(repr(sorted(record)).encode())
+    if isinstance(caption, list):
+        captions = [one for one in caption if isinstance(one, str) and one.strip()]
+        caption = captions[seed % len(captions)] if captions else None
+    if not isinstance(caption, str):
+        raise BadSampleError("turn without text content", f"{key} is {reprlib.repr(caption)}")
+    questions = CHINESE_QUESTIONS if is_chinese(caption) else QUESTIONS
+    seed = zlib.crc32(caption.encode("utf-8", "backslashreplace"), seed)
+    question = f"{IMAGE_TAG}\n{questions[seed % len(questions)]}"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
+    return Text("captions", (key,), turns, [])
