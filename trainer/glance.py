@@ -23,7 +23,7 @@ def glance(data, indices: Iterable[int]) -> Iterator[tuple[str, list]]:
     for index in indices:
         try:
             row, images = data.read(index)
-            turns = check_conversation(row["conversations"])
+            turns = check_conversation(row.conversations)
         except BadSampleError:
             continue
         if images:

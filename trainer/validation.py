@@ -102,7 +102,7 @@ def answer_row(
     BadSampleError where the row cannot be read.
     """
     # the words
-    turns = check_conversation(val_data.read(row)[0]["conversations"])
+    turns = check_conversation(val_data.read(row)[0].conversations)
     place = [role for role, _ in turns].index("assistant")
     (_, question), (_, answer) = turns[place - 1 : place + 1]
 
