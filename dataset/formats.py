@@ -249,11 +249,13 @@ def _read_chat(record: dict) -> Text | None:
     if isinstance(value, str) and key != "texts":
         value = _read_json(value)
     # Captions, one for each of several pictures or languages.
-    if not isinstance(value, list) or (value and key == "texts" and isinstance(value[0], str)):
+    if not isinstance(value, list) or (key == "texts" and isinstance(value[0], str)):
         return None
+    if not value:
+        raise BadSampleError("no conversation", f"{key} is empty")
     turns, images = _read_turns(value)
     name = "messages" if key == "messages" else "MiniMind-V" if key == "conversations" else key
-    if value and isinstance(value[0], dict) and "from" in value[0]:
+    if isinstance(value[0], dict) and "from" in value[0]:
         name = "LLaVA" if "image" in record else "ShareGPT"
     return Text(name, (key,), turns, images)
 

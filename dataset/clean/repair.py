@@ -23,6 +23,8 @@ def repair_conversation(conversations: list[dict], n_images: int) -> tuple[list[
 
     BadSampleError where the row cannot be repaired.
     """
+    if not conversations:
+        raise BadSampleError("no conversation")
     repairs: list[str] = []
     turns = [read_turn(turn, index, repairs) for index, turn in enumerate(conversations)]
     turns = match_tags(order_turns(turns, repairs), n_images, repairs)

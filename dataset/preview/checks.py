@@ -260,9 +260,9 @@ def show_checks(rows: Rows, checked: Checked) -> None:
         show("pictures", f"those of {checked.n_opened:,} {hint}")
     if n_usable:
         show("images per row", list_counts(checked.n_images))
-        n_pictures = len(np.unique(np.array(checked.pictures, np.uint64)))
-        show("distinct images", f"{n_pictures:,} in {sum(checked.n_images):,}")
         show("answers per row", list_counts(checked.n_answers))
+        n_pictures = len(np.unique(np.array(checked.pictures, np.uint64)))
+        show("distinct images", f"{n_pictures:,} of {sum(checked.n_images):,}")
 
 
 def show_tokens(counts: TokenCounts, n_usable: int, tokenizer: str, max_seq_len: int) -> None:

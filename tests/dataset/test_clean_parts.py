@@ -59,10 +59,9 @@ def test_repairs_of_text():
 
 
 def test_repairs_of_turns():
-    llava = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
-    assert repair_conversation(llava, 1) == (
-        [user("<image>\nWhat?"), assistant("A cat.")],
-        ["<image> added", "role renamed", "turn named from and value"],
+    assert repair_conversation([user("What?"), assistant("A cat.")], 2) == (
+        [user("<image>\n<image>\nWhat?"), assistant("A cat.")],
+        ["<image> put in front"],
     )
     joined = [user("<image>\nHi"), user("there"), assistant("Yes."), user("No answer to this")]
     assert repair_conversation(joined, 1)[0] == [user("<image>\nHi\nthere"), assistant("Yes.")]
@@ -85,8 +84,6 @@ def test_repairs_of_turns():
     for bad, reason in (
         ([assistant("first"), user("second")], "wrong roles|no answer"),
         ([user("only a question")], "no answer"),
-        ([user("x"), {"role": "assistant"}], "turn without text content"),
-        ("text", "no conversation"),
         ([], "no conversation"),
     ):
         with pytest.raises(BadSampleError, match=reason):
