@@ -5,6 +5,7 @@
     python -m scripts.bench decode --dims 512 768
     python -m scripts.bench quality         # both recipes from several seeds
     python -m scripts.bench rows            # up to 1 million rows: start-up, memory
+    python -m scripts.bench parquet         # 1 million rows that share pictures: disk, start-up
     python -m scripts.bench clean --flickr8k FOLDER
     python -m scripts.bench busy            # on a CPU that other programs use too
 
@@ -22,7 +23,7 @@ from common.flags import program_name
 from scripts.download.items import LAYERS
 
 # Each is a module beside this one with `measure(args)`, which prints its rows and returns them.
-SUBJECTS = ("train", "decode", "quality", "rows", "clean", "busy")
+SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "busy")
 RESULTS = Path("out/bench.json")
 
 

@@ -106,7 +106,7 @@ def open_and_read(path: Path, images: Path) -> None:
     import torch
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from common.files import hash_bytes
+    from common.files import hash_bytes, read_image_bytes
     from dataset.vlm_dataset import VLMDataset
     from model.LMConfig import VLMConfig
     from model.processing import VLMProcessor, load_tokenizer
@@ -136,11 +136,10 @@ def open_and_read(path: Path, images: Path) -> None:
     # reading speed of one process, without and with cached features
     torch.set_num_threads(1)
     shape = (config.n_image_tokens, config.vision_dim)
-    with TemporaryDirectory(dir=WORK) as folder:
+    with TemporaryDirectory(dir=path.parent) as folder:
         cache = FeatureCache(Path(folder), shape, torch.bfloat16, 1e9)
-        for number in range(N_PICTURES):
-            key = hash_bytes((WORK / "images" / f"{number}.jpg").read_bytes())
-            cache.add(key, torch.zeros(shape))
+        for image in (image for index in range(N_TIMED) for image in data.read(index)[1]):
+            cache.add(hash_bytes(read_image_bytes(image)), torch.zeros(shape))
         rates = {"first": read_rate(data, None), "cached": read_rate(data, cache)}
     times = {"seconds_to_open": opened, "seconds_to_first_batch": first, "images_per_second": rates}
     print(json.dumps({"workers": N_WORKERS, **times, "main_bytes": main, "worker_bytes": worker}))
@@ -152,9 +151,8 @@ def read_rate(data, cache) -> float:
 
     samples = TrainSamples(data, cache)
     start = time.perf_counter()
-    for index in range(N_TIMED):
-        samples[index]
-    return N_TIMED / (time.perf_counter() - start)
+    n_images = sum(len(samples[index][1]["images"]) for index in range(N_TIMED))
+    return n_images / (time.perf_counter() - start)
 
 
 def memory_bytes(process: int | str, kind: str) -> int:

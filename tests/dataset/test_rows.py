@@ -2,9 +2,6 @@
 
 import io
 import json
-import multiprocessing
-import os
-import pickle
 from collections import Counter
 from fractions import Fraction
 
@@ -18,7 +15,6 @@ from hypothesis import strategies as st
 from common.errors import BadSampleError, MissingFileError, UserError
 from dataset.images import ImageFolder, ImageZip, open_images
 from dataset.mixture import find_sources, open_data, repeat_rows, split_weight
-from dataset.parquet_rows import ParquetRows, copy_to_arrow
 from tests.helpers import picture, run_script, write_rows, write_zip
 from trainer.sampler import StepSampler
 
@@ -62,52 +58,6 @@ def test_rows_with_a_packed_folder_train(tmp_path, processor):
         data[1]
     (tmp_path / "images").mkdir()
     assert isinstance(open_images(tmp_path / "images"), ImageFolder)
-
-
-def test_parquet_files_of_many_row_groups_give_any_row(tmp_path, processor):
-    rows = [(f"answer {number}", [as_bytes(number)] * (number % 3)) for number in range(600)]
-    write_parquet(tmp_path / "part-0.parquet", rows[:500], row_group_size=70)
-    write_parquet(tmp_path / "part-1.parquet", rows[500:])
-    data = open_data([str(tmp_path / "part-*.parquet")], None, processor, 200)
-    assert len(data) == 600
-    for number in (0, 69, 70, 499, 500, 599):
-        found, pictures = data.read(number)
-        assert (
-            found["conversations"][1]["content"] == f"answer {number}"
-            and len(pictures) == number % 3
-        )
-    copy = tmp_path / ".part-0.parquet.arrow"
-    made = copy.stat().st_mtime_ns
-    assert ParquetRows(tmp_path / "part-0.parquet").read(3) and copy.stat().st_mtime_ns == made, (
-        "copied once"
-    )
-    assert len(pickle.dumps(data.parts[0].rows)) < 1000, (
-        "a worker that is not forked opens the copy itself"
-    )
-    assert pickle.loads(pickle.dumps(data)).read(3)[0] == data.read(3)[0]
-    copy.write_bytes(copy.read_bytes()[:1000])
-    write_parquet(tmp_path / "part-1.parquet", rows[:7])
-    assert len(open_data([str(tmp_path / "part-*.parquet")], None, processor, 200)) == 507, (
-        "torn, and changed"
-    )
-
-
-def test_processes_that_open_a_parquet_file_together_copy_it_once(tmp_path):
-    path = write_parquet(tmp_path / "rows.parquet", [("x", [as_bytes()])] * 400)
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        copies = pool.map(copy_to_arrow, [path] * 3)
-    assert copies == [tmp_path / ".rows.parquet.arrow"] * 3
-    made = copies[0].stat().st_mtime_ns
-    assert len(ParquetRows(path).keys()) == 400 and copies[0].stat().st_mtime_ns == made
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_parquet_file_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "rows.parquet", [("x", [])])
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere").mkdir()
-    assert ParquetRows(path).arrow_path.parent.name == "elsewhere"
 
 
 def test_a_mixture_has_each_source_as_often_as_its_weight(tmp_path, processor):
