@@ -179,8 +179,9 @@ class TrainConfig:
         "run where there is none",
     )
     keep_run_states: int = option(
-        1,
-        "run states to keep; older ones are removed",
+        2,
+        "run states to keep; older ones are removed; the one before the newest takes the place of "
+        "a damaged one",
         least=1,
         most=1_000_000,
         aliases=("--keep_checkpoints",),

@@ -6,7 +6,6 @@ states to keep: the order of the data follows from seed and epoch.
 
 import math
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from common.errors import UserError
 from common.owner import Owner, sweep_partials
 from model.model_vlm import MiniMindVLM
 from model.weights import (
-    describe_config,
     load_weights,
     read_tensors,
     read_weights,
@@ -29,8 +27,11 @@ from trainer.glance import find_opening_questions
 from trainer.paths import find_init_weights, list_run_states, run_paths
 from trainer.runtime import Runtime
 from trainer.sampler import StepSampler
+from trainer.signature import describe_identity, list_changes, list_differences, name_stage
 
 SAVE_SECONDS = 60  # between saves, by default
+# of a run state
+PARTS = {"run", "config", "progress", "epoch", "samples_taken", "optimizer", "weights"}
 
 
 @dataclass
@@ -72,13 +73,7 @@ class RunState:
         self.progress = Progress()
         self.owner: Owner | None = None
         self.questions = find_opening_questions(train_data) if runtime.is_main else {}
-        # What has to be the same for a run to continue.
-        lengths = sampler.lengths
-        self.identity = {
-            "rows": f"{len(lengths)}, checksum {zlib.crc32(lengths.tobytes()):08x}",
-            "seed": config.seed,
-            **describe_config(model.config),
-        }
+        self.identity = describe_identity(model, train_data) if runtime.is_main else {}
 
     def start(self) -> None:
         """Resume from the newest run state if --resume asks for it; else load --init_weights.
@@ -126,33 +121,49 @@ class RunState:
         """(the newest whole run state or None, the files up to it).
 
         A damaged file is passed over for the one before it. UserError where all are damaged: a run
-        is never done again from its start without a word.
+        is never done again from its start without a word; and where the newest is of another run.
         """
         found = list_run_states(self.paths.resume)
         if not self.config.resume or not found:
             return None, found
         while found:
             try:
-                return read_tensors(found[-1]), found
+                state = read_tensors(found[-1])
+                if not isinstance(state, dict) or PARTS - state.keys():
+                    raise UserError(f"{found[-1]} holds weights or something else, no run state")
             except UserError as error:
                 self.runtime.print(f"passed over: {error}")
                 found.pop()
+            else:
+                self._check(state, found[-1])
+                return state, found
         raise UserError(
             f"no run state in {self.paths.resume} is whole: leave out --resume to start a new run"
         )
 
+    def _check(self, state: dict, path: Path) -> None:
+        """UserError unless a run state is of this run; what is another option now is said."""
+        differences = list_differences(state, self.config, self.identity)
+        if differences:
+            raise UserError(
+                f"{path} is of a run with {differences}: use the same data and flags, or leave out "
+                "--resume to start a new run"
+            )
+        changes = list_changes(state["config"], self.config)
+        if changes:
+            self.runtime.print(f"changed since: {changes}")
+
     def _resume(self, state: dict, found: list[Path]) -> None:
         """Set model, optimizer and position to what the newest file holds."""
         path = found[-1]
-        for name, value in self.identity.items():
-            saved = state["run"].get(name, value)
-            if saved != value:
-                raise UserError(
-                    f"{path} is of a run with {name} {saved}, now it is {value}: use the same data "
-                    "and flags, or leave out --resume to start a new run"
-                )
         load_weights(self.model, state["weights"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} is of a run that trained other parameters ({error}): is it of the other "
+                "stage? Leave out --resume to start a new run"
+            ) from error
         self.sampler.epoch = state["epoch"]
         self.sampler.samples_taken = state["samples_taken"]
         self.saved = found
@@ -199,9 +210,9 @@ class RunState:
         save_atomically(state, path)
         self.saved = [other for other in self.saved if other != path] + [path]
         self._save_weights(self.paths.weights)
-        # Older ones, those of an earlier run, and halves that a killed process left.
+        # Older ones, and those of an earlier run; nothing that is not ours.
         newest = self.saved[-self.config.keep_run_states :]
-        for other in self.paths.resume.iterdir():
+        for other in list_run_states(self.paths.resume):
             if other not in newest:
                 other.unlink()
 
@@ -215,18 +226,12 @@ class RunState:
 
     def _save_weights(self, path: Path) -> None:
         """The weights and what they are, see model/weights.py."""
-        parameters = self.model.named_parameters()
-        is_trainable = [
-            parameter.requires_grad
-            for name, parameter in parameters
-            if not name.startswith("vision_encoder.")
-        ]
         save_weights(
             self.model,
             path,
             tokenizer=self.train_data.processor.tokenizer.name_or_path,
             vision_model=self.model.vision_encoder.name_or_path,
-            stage="sft" if all(is_trainable) else "pretrain",
+            stage=name_stage(self.model),
             data=self.config.data_path,
             **self.questions,
             step=self.progress.step,

@@ -1,7 +1,9 @@
 """A run cannot be lost: killed at any moment, it continues as if nothing had happened."""
 
+import io
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -88,21 +90,40 @@ def test_kills_at_random_moments_change_no_bit(command, undisturbed, tmp_path):
     assert finished.returncode == 0, finished.stdout
     assert kills >= 4, f"{kills} kills: the test has to kill to mean something"
     assert_same_end(tmp_path, undisturbed)
-    assert [path.name for path in (tmp_path / f"{NAME}.resume").iterdir()] == ["step-00000012.pth"]
+    states = sorted(path.name for path in (tmp_path / f"{NAME}.resume").iterdir())
+    assert states == ["step-00000011.pth", "step-00000012.pth"]
 
 
-def test_a_damaged_run_state_is_passed_over(command, tmp_path):
-    """Torn by a disk, not by us: the one before it takes its place."""
-    run_script(*command(max_steps=5, keep_run_states=2))
+def cut(content: bytes) -> bytes:
+    return content[:20_000]
+
+
+def flip(content: bytes) -> bytes:
+    """One bit of a tensor in the middle."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def of_weights(content: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(2)}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, of_weights])
+def test_a_damaged_run_state_is_passed_over(command, tmp_path, damage):
+    """By a disk or by hand, not by us: the one before it takes its place."""
+    run_script(*command(max_steps=5))
     newest = tmp_path / f"{NAME}.resume" / "step-00000005.pth"
-    newest.write_bytes(newest.read_bytes()[:20_000])
+    newest.write_bytes(damage(newest.read_bytes()))
+    (newest.parent / "step-00000099.pth").mkdir()
     printed = run_script(*command(max_steps=5, resume=True)).stdout
-    assert f"passed over: {newest} is damaged" in printed and "resumed: " in printed, printed
+    assert f"passed over: {newest} " in printed and "resumed: " in printed, printed
     assert "step-00000004.pth, 4 steps and 32 samples are done" in printed
     printed = run_script(*command(max_steps=5, resume=True)).stdout
     assert "5 steps and 40 samples are done" in printed
     assert len(read_log(tmp_path, "train")) == 5
-    for path in newest.parent.iterdir():
+    for path in newest.parent.glob("step-0000000*.pth"):
         path.write_bytes(b"torn")
     finished = run_script(*command(resume="auto"))
     assert finished.returncode == 2
@@ -174,10 +195,50 @@ def test_resume_says_what_does_not_fit(command, undisturbed):
     assert "error: --resume finds no run state in" in missing.stdout
     other = run_script(*command(out_dir=undisturbed, resume=True, seed=3))
     assert other.returncode == 2
-    assert "is of a run with seed 1337, now it is 3" in other.stdout
+    assert "is of a run with --seed 1337, now it is 3" in other.stdout
+    changes = dict(learning_rate=2e-3, warmup_iters=2, grad_clip=0.5, max_seq_len=300)
+    for name, value in changes.items():
+        other = run_script(*command(out_dir=undisturbed, resume=True, **{name: value}))
+        assert other.returncode == 2
+        assert re.search(rf"a run with --{name} [\d.]+, now it is {value}[,:]", other.stdout), name
     done = run_script(*command(out_dir=undisturbed, resume=True))
     assert done.returncode == 0 and "12 steps and 96 samples are done" in done.stdout
     assert "nothing is left to do: all 12 steps were done before" in done.stdout
+
+
+def test_resume_says_what_is_another_option_now(command, tmp_path):
+    """The files may lie elsewhere: what is in them counts."""
+    run_script(*command(max_steps=2))
+    finished = run_script(*command(max_steps=3, save_interval=2, num_workers=1, resume=True))
+    assert finished.returncode == 0, finished.stdout
+    changed = "changed since: num_workers 1 (was 0), max_steps 3 (was 2), save_interval 2 (was 1)"
+    assert changed in finished.stdout
+
+
+def test_resume_refuses_another_stage(command, tmp_path):
+    _, *flags = command(max_steps=2, save_name="one")
+    first = run_script("train_pretrain_vlm.py", *flags)
+    assert first.returncode == 0, first.stdout
+    other = run_script(*command(resume=True, save_name="one"))
+    assert other.returncode == 2 and "Traceback" not in other.stdout
+    last = other.stdout.splitlines()[-1]
+    assert "step-00000002.pth is of a run with " in last
+    assert "stage pretrain, now it is sft" in last and "rows" not in last
+
+
+def test_resume_refuses_other_rows_of_the_same_length(command, rows_dir, tmp_path):
+    """A copy of the same rows is no other set."""
+    copy = tmp_path / "copy.jsonl"
+    text = (rows_dir / "rows.jsonl").read_text(encoding="utf-8")
+    copy.write_text(text, encoding="utf-8")
+    run_script(*command(max_steps=2))
+    finished = run_script(*command(max_steps=3, data_path=copy, resume=True))
+    assert finished.returncode == 0, finished.stdout
+    assert f"changed since: data_path {copy} (was " in finished.stdout
+    copy.write_text(text.replace("red", "der"), encoding="utf-8")
+    other = run_script(*command(max_steps=4, data_path=copy, resume=True))
+    assert other.returncode == 2
+    assert "with content of the rows checksum " in other.stdout.splitlines()[-1]
 
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(
