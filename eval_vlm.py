@@ -20,7 +20,7 @@ from common.files import write_text
 from common.flags import parse_flags
 from common.threads import describe_threads
 from dataset.mixture import find_sources, open_data
-from inference.config import EvalConfig
+from inference.config import PICTURE_TYPES, EvalConfig
 from inference.paths import find_model
 from model.files import read_info
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from inference.chat import Chat
     from inference.questions import Question
 
-PICTURE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # The published questions about one picture, and about several.
 PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一下两张图像的异同点。"
 # Lines of accuracy that are printed: all of them, but for sets that have a type for each row.
@@ -94,7 +93,9 @@ def find_pictures(config: EvalConfig) -> list[list[Path]]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_TYPES)
+    """Its pictures, by their names."""
+    suffixes = tuple(f".{type_}" for type_ in PICTURE_TYPES)
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes))
 
 
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:

@@ -8,7 +8,8 @@ from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
 
 DTYPES = ("float32", "float16", "int8")
-IMAGE_CHOICES = ("right", "wrong", "none")
+# Files that are taken for pictures in a folder, and that the page lets a visitor choose.
+PICTURE_TYPES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from PIL import Image
 
 from common.errors import BadSampleError, UserError
 from inference.chat import MAX_QUESTION, PICTURE_SIDE, Chat
-from inference.config import WebConfig
+from inference.config import PICTURE_TYPES, WebConfig
 from inference.load import VLM, load_vlm
 from inference.paths import find_model
 from model.image import load_image
 
 MAX_PICTURES = 8  # of a conversation
-PICTURE_TYPES = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff"]
 WIDTH = 160  # of a picture on the page
 
 # All visitors share the model; conversations are not shared.

@@ -21,8 +21,6 @@ from model.weights import save_atomically, select_weights
 from tests.helpers import TOKENIZER, free_port, picture, run_cold, small_model, start_script
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-# Elements of a page that show text as it is; all others read Markdown.
-PLAIN = {"text", "chat_input", "file_uploader"}
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +112,9 @@ def test_no_markdown_is_given_what_people_write(flags):
     assert f"⚠️ {names[1]}: image damaged" in shown
     assert shown[-2] == (MARKUP + "a" * MAX_QUESTION)[:MAX_QUESTION]
     assert shown[-1].startswith("⚠️ the conversation has ")
-    for element in page.main:
-        if element.type not in PLAIN:
-            assert "leak" not in str(element.proto), element.type
+    elements = [element for part in (page.main, page.sidebar) for element in part]
+    theirs = [element.type for element in elements if "leak" in str(element.proto)]
+    assert theirs == ["text"] * 4, "all others read Markdown"
 
 
 def big_png(side: int) -> bytes:
