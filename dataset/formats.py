@@ -360,7 +360,10 @@ def choose_answer(value: object) -> object:
 def _read_caption(record: dict) -> Text | None:
     """A picture and a text about it: the question is drawn, the same one each time."""
     key = _find_key(record, CAPTION_KEYS)
-    if key is None or find_image_key({name: record[name] for name in record if name != key}) is None:
+    if (
+        key is None
+        or find_image_key({name: record[name] for name in record if name != key}) is None
+    ):
         return None
     caption, seed = record[key], zlib.crc32(repr(sorted(record)).encode())
     if isinstance(caption, list):

@@ -1,30 +1,36 @@
-"""Rows of JSON files: one object a line, as the published sets have it."""
+"""Rows of JSON files: one object a line, as the published sets have it, or one list of objects."""
 
 import json
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from common.errors import BadSampleError
-from dataset.record_rows import RecordRows
+from common.errors import BadSampleError, UserError
+from dataset.formats import CHAT_KEYS, name_format
+from dataset.images import ImageFolder, ImageZip
+from dataset.json_objects import Value, find_list, read_values
+from dataset.record_rows import RecordRows, byte_bar
 
 NO_OBJECT = "not a JSON object"
+SPACE = b" \t\r\n"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class JsonLinesRows(RecordRows):
     """Rows of a .jsonl file. The key of a row is its byte offset: one seek to read it."""
 
-    unit = "line"
-
     def read_records(self) -> Iterator[tuple[int, int, dict | BadSampleError]]:
         """(offset, bytes, record) of every line that is not blank."""
-        for offset, line in self._read_lines():
-            if line.strip():
-                try:
-                    yield offset, len(line), parse_line(line)
-                except BadSampleError as error:
-                    yield offset, len(line), error
+        with byte_bar(self.path) as bar:
+            for offset, line in self._read_lines():
+                if line.strip():
+                    try:
+                        yield offset, len(line), parse_object(line)
+                    except BadSampleError as error:
+                        yield offset, len(line), error
+                bar.update(len(line))
 
     def keys(self) -> np.ndarray:
         """int64[n]: the offset of every line that is not blank; none is parsed."""
@@ -32,7 +38,7 @@ class JsonLinesRows(RecordRows):
         return np.array(offsets, np.int64)
 
     def read_record(self, key: int) -> dict:
-        return parse_line(self._read_line(key))
+        return parse_object(self._read_line(key))
 
     def read_raw(self, key: int) -> dict:
         return {"line": self._read_line(key).decode("utf-8", "backslashreplace").rstrip("\r\n")}
@@ -64,13 +70,119 @@ class JsonLinesRows(RecordRows):
                 offset += len(line)
 
 
-def parse_line(line: bytes) -> dict:
-    """The object that a line holds; BadSampleError where it holds something else."""
+class JsonObjectsRows(RecordRows):
+    """Rows of a file of JSON objects that are not one a line. Their keys are byte offsets.
+
+    Args:
+        path: the file.
+        images: see RecordRows.
+        start: byte offset of the first object.
+        container: what they are in: "one JSON array".
+    """
+
+    def __init__(
+        self, path: Path, images: ImageFolder | ImageZip | None, start: int, container: str
+    ):
+        super().__init__(path, images)
+        self.start, self.container = start, container
+
+    def read_records(self) -> Iterator[tuple[int, int, dict | BadSampleError]]:
+        """(offset, bytes, record) of every value of the list."""
+        with byte_bar(self.path) as bar:
+            for value in self._read_values(self.start):
+                try:
+                    yield value.offset, len(value.text), parse_value(value)
+                except BadSampleError as error:
+                    yield value.offset, len(value.text), error
+                bar.update(len(value.text))
+
+    def read_record(self, key: int) -> dict:
+        return parse_value(next(self._read_values(key)))
+
+    def read_raw(self, key: int) -> dict:
+        return {"line": next(self._read_values(key)).text.decode("utf-8", "backslashreplace")}
+
+    def name_places(self, keys: list[int]) -> list[str]:
+        """ "row 7" for each of the keys, counted from 1."""
+        numbers = {}
+        for number, value in enumerate(self._read_values(self.start), start=1):
+            if value.offset in keys:
+                numbers[value.offset] = f"row {number}"
+            if len(numbers) == len(set(keys)):
+                break
+        return [numbers[key] for key in keys]
+
+    def _read_values(self, start: int) -> Iterator[Value]:
+        with open(self.path, "rb") as file:
+            yield from read_values(file, start)
+
+
+def parse_value(value: Value) -> dict:
+    """The object that a value is; BadSampleError where it is another one or damaged."""
+    if value.problem:
+        raise BadSampleError(NO_OBJECT, value.problem)
+    return parse_object(value.text)
+
+
+def parse_object(text: bytes) -> dict:
+    """The object that a text holds; BadSampleError where it holds something else."""
     # Some editors put three bytes before the first line ("-sig") that are no part of it.
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadSampleError(NO_OBJECT, str(error)) from error
     if not isinstance(record, dict):
         raise BadSampleError(NO_OBJECT, f"it is {record!r:.60}")
     return record
+
+
+def open_json(
+    path: Path, images: ImageFolder | ImageZip | None, head: bytes
+) -> JsonLinesRows | JsonObjectsRows:
+    """The rows of a JSON file, whether its objects are one a line, in a list, or indented.
+
+    Args:
+        path: the file.
+        images: see RecordRows.
+        head: its first bytes, a megabyte or all.
+
+    UserError where it is one object that holds no rows.
+    """
+    # what a file of one object a line begins with
+    lines = JsonLinesRows(path, images)
+    start = len(head) - len(head.removeprefix(BYTE_ORDER_MARK).lstrip(SPACE))
+    first, _, rest = head[start:].partition(b"\n")
+    is_alone = not rest.strip()
+    if head[start : start + 1] not in (b"{", b"["):
+        return lines
+    try:
+        record = json.loads(first)
+        if not is_alone or (isinstance(record, dict) and name_format(record) != "unknown"):
+            return lines
+    except (ValueError, RecursionError):
+        pass
+
+    # one list, of which the first value may begin on the next line
+    if head[start : start + 1] == b"[":
+        return JsonObjectsRows(path, images, start + 1, "one JSON array")
+    # an object that has the list
+    offset = find_list(head, is_row)
+    if offset is not None:
+        return JsonObjectsRows(path, images, offset, "a list in a JSON object")
+    # objects that are indented
+    with open(path, "rb") as file:
+        value = next(read_values(file, start))
+    if value.problem:
+        return lines
+    record = parse_object(value.text)
+    if name_format(record) == "unknown" and start + len(value.text) == len(head.rstrip()):
+        keys = ", ".join(record)
+        raise UserError(
+            f"{path} is one JSON object with the keys {keys:.80}, not rows: write one object a line"
+        )
+    return JsonObjectsRows(path, images, start, "indented JSON")
+
+
+def is_row(key: str, value: dict) -> bool:
+    """Whether a list under this key, which begins with this object, is a list of rows."""
+    return key not in CHAT_KEYS and name_format(value) != "unknown"

@@ -28,8 +28,8 @@ class RecordRows(ABC):
             such place.
     """
 
-    # What the keys count, and what the file is beside one row a line.
-    unit, container = "row", ""
+    # What the file is, if not one row a line.
+    container = ""
 
     def __init__(self, path: Path, images: ImageFolder | ImageZip | None):
         self.path, self.image_source = path, images
@@ -60,18 +60,14 @@ class RecordRows(ABC):
 
     def scan(self) -> Iterator[tuple[int, int, Row | BadSampleError]]:
         """(key, bytes, row) of every row; why where it cannot be read."""
-        # The bar counts bytes: how many rows there are is known at the end only.
-        size, title = self.path.stat().st_size, f"check {self.path.name}"
-        with tqdm(total=size, desc=title, unit="B", unit_scale=True, leave=False, delay=1) as bar:
-            for key, n_bytes, record in self.read_records():
-                row = record
-                if not isinstance(record, BadSampleError):
-                    try:
-                        row = convert(record)
-                    except BadSampleError as error:
-                        row = error
-                yield key, n_bytes, row
-                bar.update(n_bytes)
+        for key, n_bytes, record in self.read_records():
+            row = record
+            if not isinstance(record, BadSampleError):
+                try:
+                    row = convert(record)
+                except BadSampleError as error:
+                    row = error
+            yield key, n_bytes, row
 
     def keys(self) -> np.ndarray:
         """int64[n]: the key of every row."""
@@ -104,3 +100,9 @@ class RecordRows(ABC):
         if self.image_source is None:
             raise BadSampleError("image missing", f"{name}: no image folder is given")
         return self.image_source
+
+
+def byte_bar(path: Path) -> tqdm:
+    """A progress bar of a file's bytes: how many rows it has is known at the end only."""
+    size, title = path.stat().st_size, f"check {path.name}"
+    return tqdm(total=size, desc=title, unit="B", unit_scale=True, leave=False, delay=1)

@@ -20,11 +20,14 @@ Nothing is opened before `load_image`: rows are checked and cut to length withou
 from pathlib import Path
 
 from common.errors import MissingFileError
+from dataset.encodings import check_text
 from dataset.images import open_images
-from dataset.json_rows import JsonLinesRows
+from dataset.json_rows import open_json
 from dataset.parquet_rows import ParquetRows
 from dataset.record_rows import RecordRows
 
+# Bytes of a file that are looked at to tell what it is.
+HEAD = 2**20
 # What reads rows: all have the methods of `RecordRows`.
 Rows = RecordRows | ParquetRows
 
@@ -33,7 +36,7 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
     """The rows of a data file.
 
     Args:
-        data_path: a .jsonl or .parquet file.
+        data_path: a file of JSON or Parquet.
         images_path: folder or .zip of the pictures that a .jsonl names; None if there is none.
 
     MissingFileError where there is no such file, UserError where it cannot be read.
@@ -41,7 +44,12 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
     path = check_data_file(data_path)
     if path.suffix == ".parquet":
         return ParquetRows(path)
-    return JsonLinesRows(path, open_images(images_path))
+
+    # text: what it begins with says what it is
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    check_text(path, head)
+    return open_json(path, open_images(images_path), head)
 
 
 def check_data_file(path: str | Path) -> Path:

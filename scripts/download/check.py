@@ -91,7 +91,7 @@ def check_rows(path: Path, archive: Path) -> str:
     Whether the images of a row are there is looked up for the first rows.
     """
     from dataset.images import open_images
-    from dataset.rows import JsonLinesRows
+    from dataset.json_rows import JsonLinesRows
 
     # the first rows
     images = open_images(archive.with_suffix(""))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import BadSampleError, MissingFileError, UserError
-from dataset.rows import JsonLinesRows
+from dataset.json_rows import JsonLinesRows
 from dataset.vlm_dataset import VLMDataset
 from tests.helpers import N_PATCHES, picture, run_cold, write_rows
 from trainer.collate import TrainSamples
