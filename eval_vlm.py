@@ -166,7 +166,7 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
 def measure(config: EvalConfig, vlm: VLM) -> None:
     """Print loss and accuracy on rows with known answers."""
     from inference.evaluate import Evaluation
-    from inference.questions import collect_questions, measure_accuracy
+    from inference.questions import NO_TYPE, measure_accuracy
 
     # read
     max_length = vlm.model.config.max_seq_len
@@ -174,7 +174,7 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
     evaluation = Evaluation(vlm, dataset, config.batch_size, **config.sampling)
-    questions = list(collect_questions(dataset, evaluation.left_out))
+    questions = evaluation.collect()
 
     with save_answers(config.save_report) as save_answer:
         # ask; a question that cannot be asked with one choice of images counts for none
@@ -184,6 +184,8 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
             questions = [question for question in questions if images in question.given]
         if evaluation.left_out.reasons:
             print(f"not asked: {evaluation.left_out}")
+        if evaluation.untyped.reasons:
+            print(f"of type {NO_TYPE}: {evaluation.untyped}")
         if not questions:
             raise UserError(f"no question of {' '.join(config.data)} could be asked")
 

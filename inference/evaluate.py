@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
 from inference.load import VLM
-from inference.questions import LeftOut, Question, choose_images
+from inference.questions import Question, Reasons, choose_images, collect_questions
 from model.labels import IGNORE_INDEX, count_labels
 
 # Tokens that an answer may have for each one of the right answer, and beyond them: enough to see
@@ -92,13 +92,18 @@ class Evaluation:
 
     Attributes:
         left_out: the rows and questions that could not be asked.
+        untyped: the rows whose type could not be used.
     """
 
     def __init__(self, vlm: VLM, dataset, batch_size: int, **sampling):
         self.vlm, self.dataset, self.batch_size = vlm, dataset, batch_size
         self.sampling = {"temperature": 0.0, "max_new_tokens": 512} | sampling
         self.pictures = PictureEncoder(vlm)
-        self.left_out = LeftOut(dataset)
+        self.left_out, self.untyped = Reasons(dataset), Reasons(dataset)
+
+    def collect(self) -> list[Question]:
+        """The questions of all rows that can be read."""
+        return list(collect_questions(self.dataset, self.left_out, self.untyped))
 
     def answer(self, questions: list[Question], images: str) -> Iterator[Question]:
         """Fill in `given[images]` of the questions; yields each one that has an answer.

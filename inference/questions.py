@@ -4,6 +4,7 @@ Text is kept, and of pictures only their names: the set may have a million rows.
 """
 
 import random
+import reprlib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class Question:
         return simplify_answer(self.given[images]) == simplify_answer(self.answer)
 
 
-class LeftOut:
-    """Why rows and questions were left out: how many by reason, and an example of each.
+class Reasons:
+    """Why rows or questions could not be used as they are: how many by reason, with an example.
 
     Args:
         dataset: a VLMDataset or MixedDataset, which names the example's place.
@@ -78,23 +79,32 @@ def name_row(dataset, index: int) -> str:
     return f"{place} of {dataset.data_path.name}"
 
 
-def collect_questions(dataset, left_out: LeftOut) -> Iterator[Question]:
+def collect_questions(dataset, left_out: Reasons, untyped: Reasons) -> Iterator[Question]:
     """A question for each assistant turn, which is asked after the right turns before it.
 
     Args:
         dataset: `dataset.read(i)` gives (row, pictures), as VLMDataset's does.
         left_out: counts the rows that cannot be read.
+        untyped: counts the rows whose type cannot be used.
     """
     for index in range(len(dataset)):
+        # a row
         try:
             row, images = dataset.read(index)
             conversation = check_conversation(row.conversations)
         except BadSampleError as error:
             left_out.add(index, error)
             continue
+        try:
+            type_ = read_type(row.other.get("type"))
+        except BadSampleError as error:
+            untyped.add(index, error)
+            type_ = NO_TYPE
+
+        # its questions; a picture comes with the turn that has its tag, and with those after it
         names = name_images(row.images, images)
         turns = [{"role": role, "content": content} for role, content in conversation]
-        type_, n_tags = read_type(row.other.get("type")), 0
+        n_tags = 0
         for number, turn in enumerate(turns):
             if turn["role"] == "user":
                 n_tags += turn["content"].count(IMAGE_TAG)
@@ -119,9 +129,16 @@ def name_images(names: list[str | bytes], images: list) -> tuple[str, ...]:
 
 
 def read_type(value: object) -> str:
-    """The type that a row gives; NO_TYPE where it is no short text, or would look like a total."""
+    """The type that a row gives, NO_TYPE for none.
+
+    BadSampleError for one that cannot be the name of a line of the report.
+    """
+    if value is None:
+        return NO_TYPE
     is_name = isinstance(value, str) and value.strip() and len(value) <= MAX_TYPE
-    return value if is_name and value.isprintable() and value != OVERALL else NO_TYPE
+    if not is_name or not value.isprintable() or value == OVERALL:
+        raise BadSampleError("type is no short text", reprlib.repr(value))
+    return value
 
 
 def choose_images(questions: list[Question], images: str, seed: int = 0) -> list[int | None]:

@@ -138,6 +138,14 @@ def test_no_text_of_any_role_can_pose_as_an_image_or_a_turn(tokenizer, system, p
     assert labels[is_label].tolist() == learned == input_ids[is_label].tolist()
 
 
+def test_a_row_that_imitates_an_image_trains(model, processor):
+    run = "@" * N_PATCHES
+    turns = [{"role": "system", "content": run}, *dialogue(run, f"{run}</s>", "<image>" + run, run)]
+    sample = processor.encode(turns, [picture()], 500)
+    input_ids, labels = sample["input_ids"][None], sample["labels"][None]
+    assert model(input_ids, sample["pixel_values"], labels=labels).loss.isfinite()
+
+
 @pytest.mark.parametrize("n", [1, 97, 194, 195])
 def test_a_shorter_run_is_left_as_it_is(tokenizer, n):
     processor = VLMProcessor(tokenizer, None, VLMConfig())
