@@ -171,6 +171,9 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
     # read
     max_length = vlm.model.config.max_seq_len
     dataset = open_data(config.data, config.images_path, vlm.processor, max_length)
+    print(f"format: {', '.join(dataset.formats)}")
+    if dataset.repaired:
+        print(f"repaired: {list_reasons(dataset.repaired)}")
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
     evaluation = Evaluation(vlm, dataset, config.batch_size, **config.sampling)

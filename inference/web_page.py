@@ -120,7 +120,7 @@ def read_uploads(uploads: list) -> dict[str, Image.Image]:
     for upload in used:
         problem = opened[upload.file_id]
         if isinstance(problem, BadSampleError):
-            show_problem(f"{upload.name}: {problem.args[0]}")
+            show_problem(f"{upload.name}: {problem}")
     if len(uploads) > MAX_PICTURES:
         show_problem(f"{len(uploads)} pictures: only the first {MAX_PICTURES} are used.")
     return {key: it for key, it in opened.items() if isinstance(it, Image.Image)}

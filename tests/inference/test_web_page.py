@@ -109,7 +109,7 @@ def test_no_markdown_is_given_what_people_write(flags):
     assert not page.exception
     shown = texts(page)
     assert MARKUP in shown and names[0] in shown
-    assert f"⚠️ {names[1]}: image damaged" in shown
+    assert any(text.startswith(f"⚠️ {names[1]}: image damaged") for text in shown)
     assert shown[-2] == (MARKUP + "a" * MAX_QUESTION)[:MAX_QUESTION]
     assert shown[-1].startswith("⚠️ the conversation has ")
     elements = [element for part in (page.main, page.sidebar) for element in part]
