@@ -55,15 +55,21 @@ class NearMisses:
     def __init__(self, names: Iterable[str]):
         self.names: dict[str, str] = {}
         for name in islice(names, MOST_NAMES):
-            self.names.setdefault(_loosen(name), name)
-            self.names.setdefault(_loosen(posixpath.basename(name)), name)
+            key = _loosen(name)
+            self.names.setdefault(key, name)
+            self.names.setdefault(key.rpartition("/")[2], name)
 
     def explain(self, name: str) -> str:
         """ "a.jpg: there is A.JPG", or only the name."""
-        near = self.names.get(_loosen(name)) or self.names.get(_loosen(posixpath.basename(name)))
+        key = _loosen(name)
+        near = self.names.get(key) or self.names.get(key.rpartition("/")[2])
         return f"{name}: there is {near}" if near else name
 
 
 def _loosen(name: str) -> str:
-    name = unicodedata.normalize("NFKC", unquote(name)).casefold().replace("\\", "/")
-    return re.sub(r"\s", "", SUFFIX.sub("", name.strip()))
+    if "%" in name:
+        name = unquote(name)
+    if not name.isascii():
+        name = unicodedata.normalize("NFKC", name)
+    name = SUFFIX.sub("", name.strip()).casefold().replace("\\", "/")
+    return "".join(name.split())

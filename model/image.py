@@ -1,10 +1,16 @@
 """Open a picture, whatever its format, as upright RGB.
 
-    file ── at most 64 MB ──> pixels without metadata ──> Pillow ── at most 89 million pixels ──>
-    shrunk if huge ──> 8 bits, laid on white ──> upright
+Its way, in which each step may end with a BadSampleError:
+
+    read_image_bytes    at most 64 MB, of a regular file
+    strip_metadata      what makes the pixels, and EXIF for its orientation
+    Pillow              at most 89 million pixels, fewer of a huge picture
+    _shrink, _convert   8 bits, laid on white
+    TURNS               upright
 """
 
 import io
+import logging
 import os
 import re
 import warnings
@@ -42,7 +48,7 @@ OTHER_FILES = (
     (rb"(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*)?<(!DOCTYPE )?svg", "SVG is not supported", CONVERT),
     (rb"%PDF-", "PDF is not supported", CONVERT),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not supported", CONVERT),
-    (rb".{4}ftyp(?!avi[fs]|mif1)|\x1aE\xdf\xa3", "video is not supported", "take a frame of it"),
+    (rb".{4}ftyp(iso|mp4|M4V|qt|3g)|\x1aE\xdf\xa3", "video is not supported", "take a frame of it"),
     (rb"(\xef\xbb\xbf)?\s*<(!DOCTYPE html|html|head)", "image is a web page", "fetch it again"),
     (rb"version https://git-lfs", "image is a Git LFS pointer", "run `git lfs pull`"),
 )
@@ -57,7 +63,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow tells of what it skipped, and only warns of too many pixels.
+# Pillow tells of all that it skips, and only warns of too many pixels.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -75,11 +82,12 @@ def load_image(
 
     BadSampleError with the reason where it is missing, no picture, damaged, too large or narrow.
     """
-    encoded = b"" if isinstance(source, Image.Image) else read_image_bytes(source)
+    is_open = isinstance(source, Image.Image)
+    encoded = b"" if is_open else read_image_bytes(source)
     try:
         # limits, before a pixel is decoded
         pixels, exif = strip_metadata(encoded)
-        image = Image.open(io.BytesIO(pixels), formats=FORMATS) if encoded else source
+        image = source if is_open else Image.open(io.BytesIO(pixels), formats=FORMATS)
         _check_size(*image.size)
 
         # shrunk while decoding: JPEG can, of other formats a band is made RGB at a time
@@ -104,7 +112,7 @@ def load_image(
         for start, reason, advice in OTHER_FILES:
             if re.match(start, encoded[:512], re.DOTALL | re.IGNORECASE):
                 raise BadSampleError(reason, _name(source, advice)) from error
-        cause = "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        cause = "no picture" if isinstance(error, UnidentifiedImageError) else f"{error!s:.200}"
         raise BadSampleError("image damaged", _name(source, cause)) from error
 
 

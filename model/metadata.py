@@ -13,14 +13,23 @@ ORIENTATION = 0x0112
 NUMBER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 # The two segments of a JPEG beside the pixels that say what its colors are, if they are whole.
 COLOR_SEGMENT = re.compile(rb"\xff\xe0..JFIF\0.{9}|\xff\xee..Adobe.{7}", re.DOTALL)
+# The entry for EXIF in the list of what an AVIF file holds, which is at its start.
+AVIF_EXIF = re.compile(rb"(infe.{8})Exif", re.DOTALL)
+MOST_BOXES = 2**16
 
 
 def strip_metadata(encoded: bytes) -> tuple[bytes, bytes]:
-    """(what makes the pixels of a JPEG or PNG file, its EXIF or b""); others stay as they are."""
+    """(what makes the pixels of a picture file, EXIF of a JPEG or PNG or b"").
+
+    Formats whose metadata Pillow hands on unread stay as they are.
+    """
     if encoded.startswith(b"\xff\xd8\xff"):
         return _strip_jpeg(encoded)
     if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
         return _strip_png(encoded)
+    if encoded[4:8] == b"ftyp":
+        # An AVIF file says its orientation outside of EXIF, which gets a type that nothing reads.
+        return AVIF_EXIF.sub(rb"\1skip", encoded[:MOST_BOXES]) + encoded[MOST_BOXES:], b""
     return encoded, b""
 
 
