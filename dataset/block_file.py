@@ -1,7 +1,7 @@
 """Items in one file, any of them by its number, in memory that does not grow with the file.
 
-It is an Arrow file: items in blocks of equal size, memory-mapped, so that any number of processes
-share what one of them has read.
+It is an Arrow file: items in blocks of an equal number, memory-mapped, so that any number of
+processes share what one of them has read.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
-
-# Items that are read and unpacked together: more are smaller on disk, fewer are read faster.
-BLOCK = 64
 
 
 def import_pyarrow():
@@ -33,20 +30,25 @@ class BlockWriter:
         file: open for writing.
         columns: Arrow type of each value of an item, by its name.
         stamp: a text that says what the file was made from.
+        block: items that are written and read together: more are smaller, fewer are read faster.
         compression: "zstd", or None for what does not shrink.
     """
 
     def __init__(
-        self, file: BinaryIO, columns: dict[str, str], stamp: str, compression: str | None = None
+        self,
+        file: BinaryIO,
+        columns: dict[str, str],
+        stamp: str,
+        block: int,
+        compression: str | None = None,
     ):
         self._pa = pa = import_pyarrow()
-        self._schema = pa.schema(
-            [(name, getattr(pa, kind)()) for name, kind in columns.items()], {"stamp": stamp}
-        )
+        fields = [(name, getattr(pa, kind)()) for name, kind in columns.items()]
+        self._schema = pa.schema(fields, {"stamp": stamp, "block": str(block)})
         # Blocks are small: threads would wait for each other.
         options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
         self._writer = pa.ipc.new_file(file, self._schema, options=options)
-        self._block = []
+        self._size, self._block = block, []
         self._n_items = 0
 
     def __len__(self) -> int:
@@ -56,7 +58,7 @@ class BlockWriter:
         """Append an item; returns its number."""
         self._block.append(values)
         self._n_items += 1
-        if len(self._block) == BLOCK:
+        if len(self._block) == self._size:
             self._flush()
         return self._n_items - 1
 
@@ -86,9 +88,12 @@ class BlockFile:
         # Threads would not survive the fork of a loader's workers.
         options = pa.ipc.IpcReadOptions(use_threads=False)
         self._blocks = pa.ipc.open_file(self._file, options=options)
-        self.stamp = (self._blocks.schema.metadata or {}).get(b"stamp", b"").decode()
+        metadata = self._blocks.schema.metadata or {}
+        self.stamp = metadata.get(b"stamp", b"").decode()
+        self._size = int(metadata.get(b"block", 1))
         last = self._blocks.num_record_batches - 1
-        self._n_items = 0 if last < 0 else last * BLOCK + self._blocks.get_batch(last).num_rows
+        n_last = 0 if last < 0 else self._blocks.get_batch(last).num_rows
+        self._n_items = max(0, last) * self._size + n_last
 
     def __reduce__(self) -> tuple:
         # A loader worker that is not forked opens the file itself.
@@ -99,7 +104,7 @@ class BlockFile:
 
     def read(self, number: int, column: str):
         """One value of the item of that number."""
-        block, place = divmod(number, BLOCK)
+        block, place = divmod(number, self._size)
         return self._blocks.get_batch(block).column(column)[place].as_py()
 
     def iterate(self, column: str) -> Iterator:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.errors import BadSampleError, UserError
 from common.files import atomic_write, hash_bytes
-from dataset.block_file import BLOCK, BlockFile, BlockWriter, import_pyarrow
+from dataset.block_file import BlockFile, BlockWriter, import_pyarrow
 from dataset.formats import CAPTION_KEYS, CHAT_KEYS, QUESTION_KEYS, Row
 from dataset.images import ImageFolder, ImageZip
 from dataset.index_cache import cache_paths, choose_cache_path, stamp
@@ -35,6 +35,9 @@ from dataset.row_images import IMAGE_KEYS, read_images, simplify_key
 from model.image import load_image
 
 KINDS = ("rows.arrow", "pictures.arrow")
+# Rows that are read from a Parquet file, and pictures that are written, together: the largest
+# are of 64 MB. Rows of text in the copy are packed together, because they resemble each other.
+BLOCK, TEXT_BLOCK = 16, 64
 # Bytes of the disk that a copy leaves free.
 RESERVED_BYTES = 10**9
 # The key of a picture in a row's JSON; no column is called so.
@@ -229,7 +232,7 @@ def _write_copy(path: Path, targets: list[Path], stamped: str) -> None:
     # row by row, so that memory does not grow with the file
     with ExitStack() as stack:
         rows_file, pictures_file = (stack.enter_context(atomic_write(one)) for one in targets)
-        rows = BlockWriter(rows_file, {"record": "large_binary"}, stamped, "zstd")
+        rows = BlockWriter(rows_file, {"record": "large_binary"}, stamped, TEXT_BLOCK, "zstd")
         pictures = PictureWriter(pictures_file, stamped)
         encoder = json.JSONEncoder(ensure_ascii=False, default=pictures.replace)
         for record in read_records(path):
@@ -264,7 +267,8 @@ class PictureWriter:
     """
 
     def __init__(self, file, stamp: str):
-        self._file = BlockWriter(file, {"content": "large_binary", "hash": "binary"}, stamp)
+        columns = {"content": "large_binary", "hash": "binary"}
+        self._file = BlockWriter(file, columns, stamp, BLOCK)
         self._numbers: dict[bytes, int] = {}
         self.close = self._file.close
 

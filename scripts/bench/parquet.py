@@ -22,7 +22,8 @@ from scripts.processes import run_python
 
 WORK = runs.WORK / "parquet"
 N_ROWS, N_PICTURES = 1_000_000, 225_000
-GROUP = 50_000  # rows of a row group; its pictures are in no other
+# Rows of a row group; its pictures are in no other.
+GROUP = 50_000
 TEXT_ONLY = 0.08
 # Pictures that are really encoded; a comment makes many of each.
 N_ENCODED = 300
