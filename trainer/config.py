@@ -96,6 +96,11 @@ class TrainConfig:
     feature_cache_gb: float = option(
         20, "largest size of that cache, in GB; 0 turns it off", least=0, most=1_000_000
     )
+    feature_cache_dtype: Literal["auto", "int8"] = option(
+        "auto",
+        "number format of that cache; 'auto' has 16 bits, 'int8' about half the size: bytes, and a "
+        "scale for each 32 of them",
+    )
     compile: bool = option(
         False,
         "compile the blocks of vision encoder and language model (needs a C++ compiler; for GPUs: "

@@ -1,12 +1,13 @@
 """Patch features of images, computed once: a frozen vision encoder always says the same.
 
-A cache folder belongs to one vision encoder, one preprocessing and one dtype. In it, each process
+A cache folder belongs to one vision encoder, one preprocessing and one format. In it, each process
 that writes has two files of its own: NAME.features, slots of equal size, and NAME.index, one record
 a slot, written after it. A record holds the image's key and a checksum of its slot, so that neither
 a changed picture nor a torn write is ever used.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from common.files import hash_bytes
+from trainer.feature_format import FeatureFormat
 
 # The two halves of a key, and the checksum of the slot.
 RECORD = np.dtype([("head", "<u8"), ("tail", "<u8"), ("checksum", "<u4")])
@@ -27,29 +29,29 @@ REFRESH_SECONDS = 5  # between looks for others' files
 
 
 class FeatureCache:
-    """Features [patches, vision_dim] in 16 bits, by key; safe with many readers and writers.
+    """Features [patches, vision_dim] by key; safe with many readers and writers.
 
     A key is `hash_bytes` of the picture's file, 16 bytes.
 
     Args:
         folder: made if it is missing.
-        shape: (patches, vision_dim).
-        dtype: bfloat16 or float16.
+        format: of its slots.
         limit_bytes: largest size of all slots.
+        n_expected: pictures that may come, for the message that the limit is reached.
     """
 
     def __init__(
-        self, folder: Path, shape: tuple[int, int], dtype: torch.dtype, limit_bytes: float
+        self, folder: Path, format: FeatureFormat, limit_bytes: float, n_expected: int = 0
     ):
-        self.folder, self.shape, self.dtype = folder, shape, dtype
-        self.limit_bytes = limit_bytes
-        self.slot_bytes = 2 * shape[0] * shape[1]
+        self.folder, self.format, self.limit_bytes = folder, format, limit_bytes
+        self.slot_bytes = format.slot_bytes
         self.closed_reason = ""  # why it stores no more
         self._n_damaged = 0
         self._written: dict[bytes, tuple[Path, int, int]] = {}
         self._files = None
         folder.mkdir(parents=True, exist_ok=True)
         self._load_index()
+        self.wanted_bytes = (len(self) + n_expected) * self.slot_bytes
 
     def __len__(self) -> int:
         return len(self._index) + len(self._written)
@@ -70,27 +72,33 @@ class FeatureCache:
         if len(stored) < self.slot_bytes or zlib.crc32(stored) != checksum:
             self._n_damaged += 1
             return None
-        return torch.frombuffer(bytearray(stored), dtype=self.dtype).view(self.shape)
+        slot = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+        return self.format.unpack(slot[None])[0]
 
     def take_damaged(self) -> int:
         """How many damaged slots were met since the last call."""
         n_damaged, self._n_damaged = self._n_damaged, 0
         return n_damaged
 
-    def add(self, key: bytes, features: torch.Tensor) -> None:
-        """Store [patches, vision_dim]; nothing once `closed_reason` says why no more is stored."""
+    def add(self, key: bytes, slot: torch.Tensor) -> None:
+        """Store a picture; nothing once `closed_reason` says why no more is stored.
+
+        Args:
+            key: of the picture.
+            slot: uint8[slot_bytes] on the host, as `format` packs its features.
+        """
         if self.closed_reason or key in self._written:
             return
         if (len(self) + 1) * self.slot_bytes > self.limit_bytes:
-            limit = f"{self.limit_bytes / 1e9:g} GB"
-            self.closed_reason = f"its limit of {limit} is reached (--feature_cache_gb)"
+            limit = f"its limit of {self.limit_bytes / 1e9:g} GB is reached"
+            self.closed_reason = (
+                f"{limit}: --feature_cache_gb {needed_gb(self.wanted_bytes)} would do"
+            )
         elif shutil.disk_usage(self.folder).free < KEEP_FREE:
             self.closed_reason = f"less than {KEEP_FREE / 1e9:g} GB of the disk are free"
         else:
-            # NumPy has no bfloat16: the same bits as int16.
-            bits = features.to(self.dtype).contiguous().view(torch.int16)
             try:
-                self._append(key, bits.numpy().tobytes())
+                self._append(key, slot.numpy().tobytes())
             except OSError as error:
                 self.closed_reason = str(error)
 
@@ -140,12 +148,17 @@ class FeatureCache:
         return None
 
 
-def name_cache(vision_encoder: nn.Module, image_processor, dtype: torch.dtype) -> str:
-    """A folder name that changes with any weight, with the preprocessing, and with the dtype."""
+def needed_gb(n_bytes: float) -> str:
+    """The --feature_cache_gb that is enough, to a tenth."""
+    return f"{max(1, math.ceil(n_bytes / 1e8)) / 10:g}"
+
+
+def name_cache(vision_encoder: nn.Module, image_processor, format: FeatureFormat) -> str:
+    """A folder name that changes with any weight, with the preprocessing, and with the format."""
 
     def contents() -> Iterator[bytes]:
         for name, weight in sorted(vision_encoder.state_dict().items()):
             yield name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         yield json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode()
 
-    return f"{hash_bytes(contents(), size=8).hex()}-{str(dtype).removeprefix('torch.')}"
+    return f"{hash_bytes(contents(), size=8).hex()}-{format.name}"

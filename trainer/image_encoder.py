@@ -3,6 +3,7 @@
 import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from model.model_vlm import MiniMindVLM
 from model.vision import normalize_pixels, patch_features
 from trainer.collate import Batch
 from trainer.config import TrainConfig
-from trainer.feature_cache import FeatureCache, name_cache
+from trainer.feature_cache import FeatureCache, name_cache, needed_gb
+from trainer.feature_format import FeatureFormat
 from trainer.runtime import Runtime
 
 UNWRITTEN_BATCHES = 8  # more: training waits for the disk
@@ -50,11 +52,12 @@ class ImageEncoder:
             return batch.cached_features
         features = self._encode(batch.pixels)
         if self.cache is not None:
-            # The same bits that a later epoch will read.
-            features = features.to(self.cache.dtype)
+            # The same numbers that a later epoch will read.
+            slots = self.cache.format.pack(features)
+            features = self.cache.format.unpack(slots)
             is_cached = batch.is_cached.tolist()
             keys = [key for key, is_there in zip(batch.keys, is_cached) if not is_there]
-            self._store(keys, features)
+            self._store(keys, slots)
         if batch.cached_features is None:
             return features
         # Joined fresh ones first, then put into the order of the images: the second argsort turns
@@ -79,46 +82,55 @@ class ImageEncoder:
         normalized = (normalize_pixels(part, self.mean, self.std) for part in parts)
         return torch.cat([patch_features(self.vision_encoder, part) for part in normalized])
 
-    def _store(self, keys: list[bytes], features: torch.Tensor) -> None:
-        """Hand the features of these images to the writing thread."""
+    def _store(self, keys: list[bytes], slots: torch.Tensor) -> None:
+        """Hand uint8[m, slot_bytes], the features of these images, to the writing thread."""
         if len(self._unwritten) >= UNWRITTEN_BATCHES:
             self._unwritten.popleft().result()
         # The copy to the host runs beside training; the event says when it has arrived.
-        arrived = torch.cuda.Event() if features.is_cuda else None
-        on_host = features.to("cpu", non_blocking=features.is_cuda)
+        arrived = torch.cuda.Event() if slots.is_cuda else None
+        on_host = slots.to("cpu", non_blocking=slots.is_cuda)
         if arrived:
             arrived.record()
         self._unwritten.append(self._writer.submit(self._write, keys, on_host, arrived))
 
     def _write(
-        self, keys: list[bytes], features: torch.Tensor, arrived: torch.cuda.Event | None
+        self, keys: list[bytes], slots: torch.Tensor, arrived: torch.cuda.Event | None
     ) -> None:
         if arrived:
             arrived.synchronize()
-        for key, one in zip(keys, features):
-            self.cache.add(key, one)
+        for key, slot in zip(keys, slots):
+            self.cache.add(key, slot)
 
 
 def open_image_encoder(
-    model: MiniMindVLM, train_data, config: TrainConfig, runtime: Runtime
+    model: MiniMindVLM, train_data, val_data, config: TrainConfig, runtime: Runtime
 ) -> ImageEncoder:
     """The image encoder of a run, with the cache that --feature_cache asks for.
 
     How large the cache will become is printed before; it is off where it would not fit.
     """
     image_processor = train_data.processor.image_processor
+    # its size: each distinct picture once
     shape = (model.config.n_image_tokens, model.config.vision_dim)
-    size = 2 * shape[0] * shape[1] * train_data.n_images
-    line = f"feature cache: {train_data.n_images:,} images take up to {size / 1e6:,.0f} MB"
+    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float16
+    format = FeatureFormat(shape, dtype, is_int8=config.feature_cache_dtype == "int8")
+    n_pictures = train_data.n_pictures + (val_data.n_pictures if val_data else 0)
+    size, limit = n_pictures * format.slot_bytes, config.feature_cache_gb * 1e9
+    line = f"feature cache: {n_pictures:,} pictures take up to {size / 1e6:,.0f} MB"
 
     cache = None
-    if config.feature_cache_gb and size > config.feature_cache_gb * 1e9:
-        runtime.print(f"{line}: off, --feature_cache_gb is {config.feature_cache_gb:g}")
-    elif config.feature_cache_gb and train_data.n_images:
-        dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float16
+    if size > limit:
+        line += (
+            f": off, --feature_cache_gb is {config.feature_cache_gb:g}; {needed_gb(size)} would do"
+        )
+        if not format.is_int8:
+            smaller = n_pictures * replace(format, is_int8=True).slot_bytes
+            line += f", or {needed_gb(smaller)} with --feature_cache_dtype int8"
+        runtime.print(line)
+    elif n_pictures:
         root = Path(config.feature_cache or f"{config.out_dir}/features")
-        folder = root / name_cache(model.vision_encoder, image_processor, dtype)
-        cache = FeatureCache(folder, shape, dtype, config.feature_cache_gb * 1e9)
+        folder = root / name_cache(model.vision_encoder, image_processor, format)
+        cache = FeatureCache(folder, format, limit, n_pictures)
         free = shutil.disk_usage(folder).free / 1e9
         runtime.print(
             f"{line} in {folder} ({len(cache):,} are there; {free:.0f} GB of the disk are free)"

@@ -64,7 +64,7 @@ def train(
     print_doubts(config, train_data, trainable, state, schedule.total_steps)
 
     # Where its batches and image features come from, and where its results go.
-    images = open_image_encoder(model, train_data, config, runtime)
+    images = open_image_encoder(model, train_data, val_data, config, runtime)
     num_workers, is_pinned = runtime.count_workers(config.num_workers), runtime.has_own_memory
     loader = make_loader(train_data, sampler, num_workers, images.cache, is_pinned)
     network = model

@@ -112,6 +112,7 @@ def open_and_read(path: Path, images: Path) -> None:
     from model.processing import VLMProcessor, load_tokenizer
     from trainer.collate import make_loader
     from trainer.feature_cache import FeatureCache
+    from trainer.feature_format import FeatureFormat
     from trainer.sampler import StepSampler
 
     # time until the first batch
@@ -137,9 +138,10 @@ def open_and_read(path: Path, images: Path) -> None:
     torch.set_num_threads(1)
     shape = (config.n_image_tokens, config.vision_dim)
     with TemporaryDirectory(dir=path.parent) as folder:
-        cache = FeatureCache(Path(folder), shape, torch.bfloat16, 1e9)
+        cache = FeatureCache(Path(folder), FeatureFormat(shape, torch.bfloat16), 1e9)
         for image in (image for index in range(N_TIMED) for image in data.read(index)[1]):
-            cache.add(hash_bytes(read_image_bytes(image)), torch.zeros(shape))
+            blank = torch.zeros(cache.slot_bytes, dtype=torch.uint8)
+            cache.add(hash_bytes(read_image_bytes(image)), blank)
         rates = {"first": read_rate(data, None), "cached": read_rate(data, cache)}
     times = {"seconds_to_open": opened, "seconds_to_first_batch": first, "images_per_second": rates}
     print(json.dumps({"workers": N_WORKERS, **times, "main_bytes": main, "worker_bytes": worker}))

@@ -29,6 +29,7 @@ from trainer.build import build_model, set_trainable
 from trainer.collate import make_loader
 from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
+from trainer.feature_format import FeatureFormat
 from trainer.glance import find_opening_questions
 from trainer.image_encoder import ImageEncoder
 from trainer.loop import train
@@ -171,7 +172,8 @@ def test_every_lever_on_is_every_lever_off(rows_dir, tmp_path, processor):
     """
     model = small_model().train()
     data = VLMDataset(rows_dir / "rows.jsonl", rows_dir / "images", processor, 300)
-    cache = FeatureCache(tmp_path, (N_PATCHES, model.config.vision_dim), torch.float16, 1e8)
+    form = FeatureFormat((N_PATCHES, model.config.vision_dim), torch.float16)
+    cache = FeatureCache(tmp_path, form, 1e8)
     device = torch.device("cpu")
     images = ImageEncoder(model.vision_encoder, processor.image_processor, device, cache)
     # The second time all features come from the cache.
