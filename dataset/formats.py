@@ -239,7 +239,7 @@ def _read_text(record: dict) -> Text:
 
 def _read_chat(record: dict) -> Text | None:
     """A list of turns: conversations, messages, ..."""
-    key = next((key for key in CHAT_KEYS if record.get(key)), None)
+    key = next((key for key in CHAT_KEYS if record.get(key)), None) or _find_key(record, CHAT_KEYS)
     if key is None:
         if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
             turns = _read_turns(record["prompt"] + record["completion"])

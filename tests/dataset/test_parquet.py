@@ -82,6 +82,7 @@ WHOLE = {
     "ok": (1, {}),
     "ok_list": (1, {}),
     "text_only_no_col": (0, {}),
+    "uppercase": (1, {}),
     "views": (1, {}),
     "zero_rows": (0, {}),
 }
