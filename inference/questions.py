@@ -63,7 +63,7 @@ class Reasons:
         reason = error.args[0]
         self.reasons[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = f"{name_row(self.dataset, row)}: {error}"
+            self.examples[reason] = f"{name_row(self.dataset, row)}: {error!s:.200}"
 
     def __str__(self) -> str:
         """The reasons by their counts, and a line for each example."""

@@ -86,7 +86,7 @@ def start_conversation(vlm: VLM) -> None:
     state = st.session_state
     state.chat = vlm.start_chat()
     state.seen = set()  # ids of uploads the model has seen
-    state.opened = {}  # id of an upload -> its picture, or the error
+    state.opened = {}  # id of an upload -> picture or error
     state.conversation = state.get("conversation", 0) + 1
 
 
