@@ -90,9 +90,9 @@ class FeatureCache:
         if self.closed_reason or key in self._written:
             return
         if (len(self) + 1) * self.slot_bytes > self.limit_bytes:
-            limit = f"its limit of {self.limit_bytes / 1e9:g} GB is reached"
+            limit, enough = f"{self.limit_bytes / 1e9:g} GB", needed_gb(self.wanted_bytes)
             self.closed_reason = (
-                f"{limit}: --feature_cache_gb {needed_gb(self.wanted_bytes)} would do"
+                f"its limit of {limit} is reached: --feature_cache_gb {enough} would do"
             )
         elif shutil.disk_usage(self.folder).free < KEEP_FREE:
             self.closed_reason = f"less than {KEEP_FREE / 1e9:g} GB of the disk are free"

@@ -120,13 +120,11 @@ def open_image_encoder(
 
     cache = None
     if size > limit:
-        line += (
-            f": off, --feature_cache_gb is {config.feature_cache_gb:g}; {needed_gb(size)} would do"
-        )
+        enough = f"{needed_gb(size)} would do"
         if not format.is_int8:
             smaller = n_pictures * replace(format, is_int8=True).slot_bytes
-            line += f", or {needed_gb(smaller)} with --feature_cache_dtype int8"
-        runtime.print(line)
+            enough += f", or {needed_gb(smaller)} with --feature_cache_dtype int8"
+        runtime.print(f"{line}: off, --feature_cache_gb is {config.feature_cache_gb:g}; {enough}")
     elif n_pictures:
         root = Path(config.feature_cache or f"{config.out_dir}/features")
         folder = root / name_cache(model.vision_encoder, image_processor, format)

@@ -183,9 +183,8 @@ def test_bytes_give_nearly_the_same_curve(options, tmp_path):
 
     def run(folder, **changes) -> tuple[str, list[float]]:
         out_dir = tmp_path / folder
-        flags = as_flags(
-            **(options | {"feature_cache_dtype": "int8", "out_dir": out_dir} | changes)
-        )
+        changes = {"feature_cache_dtype": "int8", "out_dir": out_dir} | changes
+        flags = as_flags(**(options | changes))
         finished = run_script("train_sft_vlm.py", *flags)
         assert finished.returncode == 0, finished.stdout
         return finished.stdout, [line["loss"] for line in read_log(out_dir, "train")]
@@ -197,9 +196,7 @@ def test_bytes_give_nearly_the_same_curve(options, tmp_path):
     assert first == pytest.approx(whole, rel=1e-2) and first != whole
 
 
-def test_a_cache_counts_distinct_pictures_and_says_which_limit_would_do(
-    rows_dir, tmp_path, options
-):
+def test_a_cache_counts_pictures_and_says_which_limit_would_do(rows_dir, tmp_path, options):
     """Each row twice: as many pictures as before."""
     text = (rows_dir / "rows.jsonl").read_text(encoding="utf-8")
     data = tmp_path / "rows.jsonl"
