@@ -12,12 +12,11 @@ from inference.chat import Chat
 from inference.config import DTYPES
 from inference.paths import ModelFiles, find_model_files
 from inference.quantize import quantize
-from model.files import info_path
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, load_tokenizer
 from model.vision import load_vision_encoder
-from model.weights import PROJECTOR, load_weights, read_sizes, read_weights
+from model.weights import PROJECTOR, build_with_weights, read_sizes, read_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -175,16 +174,8 @@ def load_file(
     sizes["vocab_size"] = vocab_size
     if max_seq_len is not None:
         sizes["max_seq_len"] = max_seq_len
-    try:
-        config = VLMConfig.for_vision_encoder(vision_encoder.config, **sizes)
-        model = MiniMindVLM(config, vision_encoder)
-    except TypeError as error:
-        raise UserError(
-            f"{info_path(path)} is damaged ({error}): remove it, and pass --dim and --n_layers "
-            "instead"
-        ) from error
-    load_weights(model, weights, path)
-    return model, image_processor
+    config = VLMConfig.for_vision_encoder(vision_encoder.config, **sizes)
+    return build_with_weights(config, vision_encoder, weights, path), image_processor
 
 
 def load_directory(

@@ -5,6 +5,7 @@ import inspect
 from transformers import PretrainedConfig
 
 from common.errors import UserError
+from model.sizes import LANGUAGE_SIZES, VISION_SIZES, check_sizes
 
 # One '@' stands for one image patch; its token id is 34 in the published tokenizer.
 IMAGE_TOKEN = "@"
@@ -53,9 +54,8 @@ class LMConfig(PretrainedConfig):
         if unknown:
             known = ", ".join(size_names(type(self)))
             raise UserError(f"{type(self).__name__} has no {', '.join(unknown)}: it has {known}")
-        for name, size in {"dim": dim, "n_layers": n_layers, "n_kv_heads": n_kv_heads}.items():
-            if size < 1:
-                raise UserError(f"{name} is {size}: it has to be at least 1")
+        given = {name: size for name, size in locals().items() if size is not None}
+        check_sizes(given, LANGUAGE_SIZES)
 
         # Heads of fewer than 32 dimensions cannot tell tokens apart (dev/LOG.md).
         if n_heads is None:
@@ -165,6 +165,13 @@ class VLMConfig(LMConfig):
 
 
 def count_patches(vision_config: PretrainedConfig) -> int:
+    """Patches of a picture; UserError for sizes that cannot be."""
+    check_sizes(vision_config.to_dict(), VISION_SIZES, "the vision encoder's configuration")
+    if vision_config.image_size < vision_config.patch_size:
+        raise UserError(
+            f"the vision encoder's image_size {vision_config.image_size} is smaller than its "
+            f"patch_size {vision_config.patch_size}"
+        )
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 

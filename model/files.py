@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from common.errors import MissingFileError, UserError
+from model.sizes import LANGUAGE_SIZES, check_sizes
 
 ROOT = Path(__file__).parents[1]  # of the repository
 
@@ -36,6 +37,7 @@ TOKENIZER_PATH = "model/minimind_tokenizer"
 VISION_MODEL_PATH = "model/vision_model"
 DEFAULT_DIM = read_default_dim()  # width if nothing else says it
 # Published names of weights, by --model_mode.
+MAX_JSON_BYTES = 16 * 2**20  # of a file that describes a model
 WEIGHTS_NAMES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 
 
@@ -98,14 +100,32 @@ def read_info(weights: str | Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(info["config"], dict):
-            raise TypeError("config is no object")
-        for name, size in info["config"].items():
-            if not isinstance(size, int | float):
-                raise TypeError(f"{name} is {size!r}, no number")
-    except (ValueError, KeyError, TypeError) as error:
+        info = read_json(path)
+        if not isinstance(info.get("config"), dict):
+            raise UserError("config is no object")
+        check_sizes(info["config"], LANGUAGE_SIZES)
+        for name in ("tokenizer", "vision_model", "question", "question_for_several"):
+            if not isinstance(info.get(name), str | None):
+                raise UserError(f"{name} is no text")
+    except UserError as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it, and pass --dim and --n_layers instead"
         ) from error
     return info
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError where there is none, which says why."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path.name} has over {MAX_JSON_BYTES // 2**20} MB")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path.name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is no JSON: {error!s:.100}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} is no JSON object")
+    return content

@@ -12,7 +12,6 @@ The tests use this as an oracle, and `load_vlm` to read a transformers directory
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,14 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from common.errors import UserError
+from common.numbers import check_number
+from model.files import read_json
 from model.LMConfig import LMConfig, VLMConfig, size_names
 from model.model_vlm import MiniMindVLM
-from model.vision import load_vision_encoder, quiet_transformers
-from model.weights import load_weights, read_weights
+from model.pretrained import build, load_image_processor, read_folder_weights, refusing_folder
+from model.sizes import LANGUAGE_SIZES
+from model.vision import load_vision_encoder, make_vision_config
+from model.weights import build_with_weights, load_weights, read_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig
@@ -33,6 +36,33 @@ if TYPE_CHECKING:
 VISION = "model.vision_tower."
 TEXT = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
+# How it joins language model and vision encoder.
+JOINTS = {
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "linear",
+}
+# Our sizes of the language model, and Llama's.
+TEXT_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+    "rope_theta": "rope_theta",
+}
+# What a Llama may have and ours has not; what is not said is so.
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "rope_type": "default",
+}
 # Our names within a layer, and Llama's.
 LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -81,13 +111,7 @@ def llava_config(config: VLMConfig, vision_config: CLIPVisionConfig) -> LlavaCon
 def minimind_config(config: LlavaConfig) -> VLMConfig:
     """The sizes of the MiniMind-V that computes the same; UserError if there is none."""
     text = config.text_config
-    wanted = {
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "projector_hidden_act": "linear",
-        "image_token_index": text.vocab_size - 1,
-    }
-    for name, value in wanted.items():
+    for name, value in {**JOINTS, "image_token_index": text.vocab_size - 1}.items():
         if getattr(config, name) != value:
             raise UserError(
                 f"this LLaVA has {name} {getattr(config, name)}, a MiniMind-V has {value}: "
@@ -227,12 +251,16 @@ def load_transformers_directory(
 
     Returns (model in eval mode, its image processor).
     """
-    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if sizes.get("model_type") == "llava":
-        return _load_llava(folder, max_seq_len)
+    with refusing_folder("model", folder):
+        facts = read_json(folder / "config.json")
+        if facts.get("model_type") == "llava":
+            config = read_llava_config(facts, max_seq_len)
+            llava = build(LlavaForConditionalGeneration, config, read_folder_weights(folder))
+            size = config.vision_config.image_size
+            return from_llava(llava), load_image_processor(folder, size)
 
     # transformers' own entries of the file are no sizes
-    sizes = {name: size for name, size in sizes.items() if name in size_names(LMConfig)}
+    sizes = {name: facts[name] for name in size_names(LMConfig) if facts.get(name) is not None}
     if max_seq_len is not None:
         sizes["max_seq_len"] = max_seq_len
     vision_encoder, image_processor = load_vision_encoder(vision_model)
@@ -240,19 +268,46 @@ def load_transformers_directory(
     file = folder / "model.safetensors"
     if not file.is_file():
         file = folder / "pytorch_model.bin"
-    model = MiniMindVLM(config, vision_encoder)
-    load_weights(model, read_weights(file), file)
-    return model.eval(), image_processor
+    return build_with_weights(config, vision_encoder, read_weights(file), file), image_processor
 
 
-def _load_llava(folder: Path, max_seq_len: int | None) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+def read_llava_config(facts: dict, max_seq_len: int | None) -> LlavaConfig:
+    """The sizes in a LLaVA's config.json; UserError where it is no MiniMind-V.
 
-    with quiet_transformers():
-        llava = LlavaForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
-        )
-        image_processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    Args:
+        facts: the whole file.
+        max_seq_len: most tokens of a sequence; that of the file if not given.
+    """
+    # a Llama and nothing more
+    text = facts.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError("config.json has no text_config")
+    rope = text.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters in config.json is {rope!r:.80}: it has to be an object")
+    found = {**LLAMA, "rope_type": rope.get("rope_type", "default"), **text}
+    for name, value in LLAMA.items():
+        if found[name] != value:
+            raise UserError(f"its {name} is {found[name]!r:.80}, a MiniMind-V has {value}")
+
+    # its sizes, under our names
+    text = text | {"rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
+    sizes = {}
+    for ours, theirs in TEXT_SIZES.items():
+        sizes[ours] = text.get(theirs)
+        check_number(f"{theirs} in config.json", sizes[ours], *LANGUAGE_SIZES[ours])
     if max_seq_len is not None:
-        llava.config.text_config.max_position_embeddings = max_seq_len
-    return from_llava(llava), image_processor
+        sizes["max_seq_len"] = max_seq_len
+    # The last token is <image>.
+    sizes["vocab_size"] -= 1
+    vision_config = make_vision_config(facts.get("vision_config"))
+    config = llava_config(VLMConfig.for_vision_encoder(vision_config, **sizes), vision_config)
+
+    # how the two are joined
+    for name in (*JOINTS, "image_token_index"):
+        if facts.get(name) != getattr(config, name):
+            raise UserError(
+                f"this LLaVA has {name} {facts.get(name)!r:.80}, a MiniMind-V has "
+                f"{getattr(config, name)}: it is another model"
+            )
+    return config

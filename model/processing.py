@@ -12,16 +12,16 @@ The chat format is `<s>role\\ncontent</s>\\n` for each turn, a system turn first
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from common.errors import BadSampleError, UserError
-from model.files import TOKENIZER_PATH, find_tokenizer
+from common.errors import BadSampleError
+from model.files import TOKENIZER_PATH
 from model.image import load_image
 from model.labels import IGNORE_INDEX, count_labels, find_labels
-from model.LMConfig import IMAGE_TOKEN, VLMConfig
+from model.LMConfig import VLMConfig
+from model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
@@ -43,28 +43,6 @@ IMAGE_TAG = "<image>"
 # All pieces of the chat format.
 FORMAT = ("<s>system\n", "<s>user\n", "<s>assistant\n", "</s>", "\n")
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}
-
-
-def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in the folder `path`.
-
-    MissingFileError where there is none; UserError unless it has the ids that the model counts on
-    (0 padding, 1 `<s>`, 2 `</s>`, 34 '@').
-    """
-    path = find_tokenizer(path)
-    # The class that AutoTokenizer would choose too, without importing every other model for it.
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    expected = {"<unk>": 0, "<s>": 1, "</s>": 2, IMAGE_TOKEN: VLMConfig().image_token_id}
-    found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
-    wrong = {token: found[token] for token in expected if found[token] != expected[token]}
-    if wrong:
-        raise UserError(
-            f"the tokenizer in {path} gives {wrong} instead of {expected}: "
-            "it was not made for MiniMind-V"
-        )
-    return tokenizer
 
 
 def check_conversation(
@@ -124,6 +102,8 @@ def match_image_tags(
     n_tags = sum(content.count(IMAGE_TAG) for role, content in turns if role == "user")
     if n_tags < n_images:
         raise BadSampleError("fewer <image> than images", f"{n_tags} for {n_images}")
+    if n_tags == n_images:
+        return turns, 0
     n_left, matched = n_images, []
     for role, content in turns:
         if role == "user":

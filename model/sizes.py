@@ -27,7 +27,7 @@ LANGUAGE_SIZES = {
     "multiple_of": WIDTH,
     "norm_eps": SHARE,
     "max_seq_len": Bounds(1, 131_072),
-    "rope_theta": Bounds(1, 1e12, is_whole=False),
+    "rope_theta": Bounds(1, 10**12, is_whole=False),
     "dropout": SHARE,
     "vision_dim": WIDTH,
     "n_image_tokens": Bounds(1, 16_384),

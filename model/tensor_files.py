@@ -5,6 +5,7 @@ beside it.
 """
 
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ def read_tensors(path: Path) -> dict:
 def refusing_damage(path: str | Path) -> Iterator[None]:
     """Turn the errors of reading a weights file into a UserError."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # What PyTorch says of odd files is said here.
+            warnings.simplefilter("ignore")
+            yield
     except (UserError, MemoryError):
         raise
     except Exception as error:

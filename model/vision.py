@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from common.errors import UserError
-from model.files import VISION_MODEL_PATH, find_vision_model
+from model.files import VISION_MODEL_PATH, find_vision_model, read_json
+from model.LMConfig import count_patches
+from model.pretrained import build, load_image_processor, read_folder_weights, refusing_folder
+from model.sizes import VISION_SIZES, check_sizes
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no report of keys left out on purpose (CLIP's text half)."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+# The words of config.json that the vision encoder is made of.
+_SIZES = (*VISION_SIZES, "hidden_act")
 
 
 def load_vision_encoder(
@@ -42,36 +32,47 @@ def load_vision_encoder(
     """
     folder = find_vision_model(path)
     # This takes 2.5 s, so it is not paid before it is needed.
-    from safetensors import SafetensorError
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import CLIPVisionModel
 
-    try:
-        with quiet_transformers():
-            # Of a whole CLIP's configuration it takes the vision half too.
-            config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
-            vision_encoder, loading = CLIPVisionModel.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-            image_processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot load the vision encoder in {folder} ({reason}): fetch it again"
-        ) from error
+    with refusing_folder("vision encoder", folder):
+        facts = read_json(folder / "config.json")
+        # A whole CLIP's configuration has one for each half.
+        config = make_vision_config(facts.get("vision_config", facts))
+        vision_encoder = build(CLIPVisionModel, config, read_folder_weights(folder))
+        image_processor = load_image_processor(folder, config.image_size)
+    # Training writes down where it was.
+    vision_encoder.name_or_path = str(folder)
+    return vision_encoder.requires_grad_(False), image_processor
 
-    # transformers fills missing weights with random numbers
-    missing = sorted(key for key in loading["missing_keys"] if not key.endswith("position_ids"))
-    if missing:
+
+def make_vision_config(facts: object) -> CLIPVisionConfig:
+    """The sizes of a CLIP vision encoder; UserError where they cannot be."""
+    from transformers import CLIPVisionConfig
+    from transformers.activations import ACT2FN
+
+    # each by itself
+    if not isinstance(facts, dict):
+        raise UserError("config.json has no vision_config")
+    sizes = {name: facts[name] for name in _SIZES if facts.get(name) is not None}
+    check_sizes(sizes, VISION_SIZES, "config.json")
+    if facts.get("num_channels", 3) != 3:
         raise UserError(
-            f"the vision encoder in {folder} lacks {len(missing)} weights, such as {missing[0]}: "
-            "fetch it again"
+            f"num_channels in config.json is {facts['num_channels']!r:.40}: colors are 3"
         )
-    return vision_encoder.requires_grad_(False).eval(), image_processor
+    if sizes.get("hidden_act", "gelu") not in list(ACT2FN):
+        raise UserError(
+            f"hidden_act in config.json is {sizes['hidden_act']!r:.40}: none is so called"
+        )
+
+    # all together
+    config = CLIPVisionConfig(**sizes)
+    count_patches(config)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"hidden_size {config.hidden_size} in config.json does not split into "
+            f"{config.num_attention_heads} heads"
+        )
+    return config
 
 
 def normalize_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,13 @@ and NAME_DIM.json, which says what it is (`save_weights`). Published files have 
 sizes are read off the tensors.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +20,14 @@ from common.files import write_text
 from model.files import find_weights, info_path, read_info
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
+from model.model_vlm import MiniMindVLM
 from model.tensor_files import check_numbers, read_tensors, refusing_damage, save_atomically
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
+
 PROJECTOR = "vision_proj."
+MOST_NAMED = 8  # keys in a message
 # Buffers and CLIP weights, which some published files carry.
 _IGNORED = re.compile(r"^(mask|pos_cis|rope)$|\.mask$|^vision_encoder\.")
 # What a network was wrapped in when it was saved: DistributedDataParallel, torch.compile.
@@ -118,44 +126,70 @@ def load_weights(
     source: str | Path,
     language_only: bool = False,
 ) -> None:
-    """Copy `weights` into `model`; every key and every shape has to fit.
+    """Copy `weights` into `model`; every key and every shape has to fit, see `check_weights`."""
+    check_weights(model, weights, source, language_only)
+    own = select_weights(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+
+
+def build_with_weights(
+    config: VLMConfig,
+    vision_encoder: CLIPVisionModel,
+    weights: Mapping[str, torch.Tensor],
+    source: str | Path,
+) -> MiniMindVLM:
+    """A network of these sizes, with its vision encoder and these weights, in eval mode."""
+    # Sizes that the weights do not bear out would take memory before that is found out.
+    with torch.device("meta"):
+        check_weights(MiniMindVLM(config), weights, source)
+    model = MiniMindVLM(config, vision_encoder)
+    load_weights(model, weights, source)
+    return model.eval()
+
+
+def check_weights(
+    model: MiniMindLM,
+    weights: Mapping[str, torch.Tensor],
+    source: str | Path,
+    language_only: bool = False,
+) -> None:
+    """UserError names sizes that differ, or keys that are missing, unexpected or of another shape.
 
     Args:
-        model: what receives the weights.
+        model: what is to receive the weights; one on the "meta" device will do.
         weights: a state dict under the published names.
         source: the file they come from; the JSON beside it, if any, has to agree with the model.
         language_only: accept weights without a projector, as lm_512.pth is; the model then keeps
             its own.
-
-    UserError names the sizes that differ, or the keys that are missing, unexpected or of another
-    shape.
     """
     # Sizes first: they explain a hundred shapes.
     _check_described_sizes(model.config, read_info(source).get("config", {}), source)
     _check_tensor_sizes(model.config, weights, source)
 
-    expected = select_weights(model)
-    optional = {name for name in expected if language_only and name.startswith(PROJECTOR)}
     # Input and output embeddings are one tensor; one of the two names is enough.
-    if "output.weight" not in weights and "tok_embeddings.weight" in weights:
-        weights = {**weights, "output.weight": weights["tok_embeddings.weight"]}
-
+    expected = {name: weight.shape for name, weight in select_weights(model).items()}
+    given = {name: weight.shape for name, weight in weights.items()}
+    optional = {name for name in expected if language_only and name.startswith(PROJECTOR)}
     problems = {
-        "missing": sorted(expected.keys() - weights.keys() - optional),
-        "unexpected": sorted(weights.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - given.keys() - optional - {"output.weight"}),
+        "unexpected": sorted(given.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & weights.keys())
-            if weights[name].shape != expected[name].shape
+            f"{name} {tuple(given[name])} instead of {tuple(expected[name])}"
+            for name in sorted(expected.keys() & given.keys())
+            if given[name] != expected[name]
         ],
     }
-    found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    found = "; ".join(f"{kind}: {_list_some(names)}" for kind, names in problems.items() if names)
     if found:
         raise UserError(f"{source} does not fit the model, {found}")
 
-    with torch.no_grad():
-        for name, weight in weights.items():
-            expected[name].copy_(weight)
+
+def _list_some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(f"{name:.200}" for name in names[:MOST_NAMED]) + more
 
 
 def _check_described_sizes(config: LMConfig, described: dict, source: str | Path) -> None:
