@@ -3,7 +3,6 @@
 So a missing file is named before PyTorch is imported, which takes seconds.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from model.files import (
     find_vision_model,
     find_weights,
     read_info,
+    read_json,
     weights_path,
 )
 
@@ -164,8 +164,7 @@ def list_models(folder: Path) -> list[Path]:
 
 def is_llava(folder: Path) -> bool:
     """Whether a transformers directory holds a LLaVA, which brings its own vision encoder."""
-    path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == "llava"
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch the directory again") from error
+        return read_json(folder / "config.json").get("model_type") == "llava"
+    except UserError as error:
+        raise UserError(f"cannot load the model in {folder} ({error}): fetch it again") from error

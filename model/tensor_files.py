@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import atomic_write, write_text
 
 CHUNK = 2**20  # bytes that are read at a time
+MAX_REPEATED = 2**30  # bytes of a tensor that stores fewer numbers than it has
 
 
 def save_atomically(payload: object, path: Path) -> None:
@@ -117,7 +118,8 @@ def check_numbers(weights: Mapping[str, torch.Tensor], path: str | Path) -> None
     for name, weight in weights.items():
         # Strides of 0 make any size out of one number.
         n_bytes = weight.numel() * weight.element_size()
-        if weight.layout != torch.strided or weight.untyped_storage().nbytes() < n_bytes:
+        most = max(MAX_REPEATED, weight.untyped_storage().nbytes())
+        if weight.layout != torch.strided or n_bytes > most:
             raise UserError(f"{name:.200} in {path} is no plain tensor: fetch or train it again")
         if not torch.isfinite(weight).all():
             raise UserError(

@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from dataset.scenes.write import FILES, write_scene_set
 from model.LMConfig import VLMConfig
-from model.vision import quiet_transformers
+from model.pretrained import quiet_transformers
 from scripts.bench.published.train import LEVERS
 from scripts.bench.runs import TRAIN_SCRIPTS, WORK, read_log, read_result
 from scripts.download.items import LAYERS

@@ -42,19 +42,8 @@ def check_clip(folder: Path) -> str:
 def check_tokenizer(folder: Path) -> str:
     from model.LMConfig import LMConfig
     from model.processing import load_tokenizer
-    from model.vision import quiet_transformers
 
-    try:
-        with quiet_transformers():
-            tokenizer = load_tokenizer(folder)
-    except UserError:
-        raise
-    except Exception as error:
-        # The tokenizers library raises nothing more precise for a damaged file.
-        raise UserError(
-            f"the tokenizer in {folder} is damaged ({type(error).__name__}): delete it and fetch "
-            "it again"
-        ) from error
+    tokenizer = load_tokenizer(folder)
     expected = LMConfig().vocab_size
     if len(tokenizer) != expected:
         raise UserError(

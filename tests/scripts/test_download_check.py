@@ -39,7 +39,7 @@ def test_wrong_files_are_named(tmp_path):
     refuses("weights-512", weights, "sft_vlm_512.pth does not fit the model, missing: vision_proj")
     cut_off = clip_files() | {"model.safetensors": b"cut off"}
     refuses("clip", cut_off, "cannot load the vision encoder")
-    refuses("tokenizer", tokenizer_files() | {"tokenizer.json": b"{}"}, "is damaged")
+    refuses("tokenizer", tokenizer_files() | {"tokenizer.json": b"{}"}, "cannot load the tokenizer")
     refuses("tokenizer", read_folder(TOKENIZER), "knows 672 tokens, not 6400")
     rows, archive = rows_and_images()
     data = {"pretrain_vlm_data.jsonl": rows, "pretrain_images.zip": archive}
