@@ -58,6 +58,7 @@ class FeatureFormat:
         n_scale_bytes = 2 * self.shape[0] * self.n_groups
         scales, codes = slots[:, :n_scale_bytes], slots[:, n_scale_bytes:]
         # A copy begins where a number of two bytes may begin.
-        scales = scales.clone().view(torch.float16).unsqueeze(2).float()
+        scales = scales.clone(memory_format=torch.contiguous_format)
+        scales = scales.view(torch.float16).unsqueeze(2).float()
         codes = codes.contiguous().view(torch.int8).view(len(slots), scales.shape[1], -1)
         return (codes * scales).to(self.dtype).view(-1, *self.shape)
