@@ -34,11 +34,14 @@ def normalize_name(name: str) -> str:
 def spell(name: str, folder: str) -> list[str]:
     """The ways in which one name may be written, the name itself first.
 
-    An accent is a part of its letter or, on a Mac, a character behind it; and a name may begin
-    with the name of the very folder that it is in.
+    Spaces around it may be there by mistake; it may begin with the name of the very folder that it
+    is in; and an accent is a part of its letter or, on a Mac, a character behind it.
     """
-    inner = name.removeprefix(f"{folder}/")
-    spellings = [name] if inner == name else [name, inner]
+    spellings = [name]
+    if name != name.strip():
+        spellings.append(name.strip())
+    if name.startswith(f"{folder}/"):
+        spellings.append(name[len(folder) + 1 :])
     if name.isascii():
         return spellings
     forms = (unicodedata.normalize(form, one) for one in spellings for form in ("NFC", "NFD"))

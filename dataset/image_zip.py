@@ -85,12 +85,8 @@ class ImageZip:
         except OSError as error:
             raise BadSampleError("image cannot be read", f"{self.path} ({error})") from error
 
-    def check(self, name: str) -> None:
-        """BadSampleError unless there is an entry of that name."""
-        self._find_entry(name)
-
     def identify(self, name: str) -> int:
-        """64 bits that tell an entry from others and other files. BadSampleError as in `check`."""
+        """64 bits that tell an entry from others. BadSampleError unless it is there."""
         return hash_to_int(self._place + self._find_entry(name)["name"].tobytes())
 
     @cached_property

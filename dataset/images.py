@@ -1,9 +1,9 @@
 """Where the pictures that rows name are found: a folder, or a .zip that is never unpacked.
 
-Both classes have the same methods: `find(name)` gives what `load_image` takes, `check(name)` asks
-whether it is there without reading it, `identify(name)` tells it from others, `count()` says how
-many there are. A name is found as it is, in another spelling that looks the same, or without the
-folder that all pictures share; where there is none, the error names the file that may be meant.
+Both classes have the same methods: `find(name)` gives what `load_image` takes, `identify(name)`
+asks whether it is there, and which one, without reading it, `count()` says how many there are.
+A name is found as it is, in another spelling that looks the same, or without the folder that all
+pictures share; where there is none, the error names the file that may be meant.
 """
 
 import os
@@ -44,13 +44,9 @@ class ImageFolder:
         there = (one for one in names if os.path.lexists(self.path / one))
         return self.path / (names[0] if len(names) == 1 else next(there, names[0]))
 
-    def check(self, name: str) -> None:
-        """BadSampleError unless there is a file of that name."""
-        self._look_up(name)
-
     def identify(self, name: str) -> int:
-        """64 bits that tell a file from others. BadSampleError as in `check`."""
-        return hash_to_int(os.fsencode(f"{self.path}/{self._look_up(name)}"))
+        """64 bits that tell a file from others. BadSampleError unless it is there."""
+        return hash_to_int(os.fsencode(self.roots[1] + self._look_up(name)))
 
     @cached_property
     def _near_misses(self) -> NearMisses:
@@ -58,6 +54,9 @@ class ImageFolder:
 
     def _look_up(self, name: str) -> str:
         """The name below the folder of the file that a row names."""
+        # nearly always one in the folder itself
+        if name in self._list(""):
+            return name
         names = self._spell(name)
         for one in names:
             folder, _, file = one.rpartition("/")

@@ -35,10 +35,10 @@ LARGE_SIDE = 1024
 # before its center is cut out.
 MAX_ASPECT = 50
 
-# What Pillow may take a file for. Others of its formats are rare, or run a program (EPS).
+# What Pillow may take a file for, tried in this order. Others are rare, or run a program (EPS).
 FORMATS = (
-    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
-    *("SGI", "TGA", "TIFF", "WEBP"),
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF", "JPEG2000", "PPM", "ICO", "DDS", "PSD"),
+    *("QOI", "SGI", "PCX", "TGA"),
 )
 CONVERT = "convert it to JPEG or PNG"
 # How files begin that are often named .jpg, the reason why they are refused, and what to do.

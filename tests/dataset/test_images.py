@@ -30,7 +30,7 @@ names = st.text(
 
 def has(images, name: str) -> bool:
     try:
-        images.check(name)
+        images.identify(name)
     except BadSampleError as error:
         assert error.args[0] == "image missing"
         return False
@@ -141,7 +141,7 @@ def test_one_rule_for_names_on_any_system(tmp_path, packed):
         source = ImageZip(write_zip(tmp_path / "x.zip", {"sub\\a.jpg": b"a", "b.jpg": b"b"}))
 
     def read(name: str) -> bytes:
-        source.check(name)
+        source.identify(name)
         found = source.find(name)
         return found.read() if packed else found.read_bytes()
 
@@ -150,12 +150,12 @@ def test_one_rule_for_names_on_any_system(tmp_path, packed):
     outside = [r"..\secret.jpg", "../secret.jpg", "sub/../../secret.jpg", "..", "/etc/passwd"]
     outside += [r"C:\a.jpg", "c:/a.jpg", "C:a.jpg", r"\\server\share\a.jpg", r"\a.jpg"]
     for name in outside:
-        for ask in (source.check, source.find):
+        for ask in (source.identify, source.find):
             with pytest.raises(BadSampleError, match="image path leaves its folder"):
                 ask(name)
     assert not has(source, "sub/none.jpg")
     with pytest.raises(BadSampleError, match="image is no name"):
-        source.check("a\0.jpg")
+        source.identify("a\0.jpg")
 
 
 def test_a_folder_is_listed_once_and_its_names_stay_behind(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_any_name_is_inside_the_folder_or_a_reason(tmp_path_factory, name):
     with contextlib.suppress(BadSampleError):
         path = source.find(name)
         assert os.path.normpath(path).startswith(str(folder.resolve()))
-        source.check(name)
+        source.identify(name)
         assert path.is_file()
     with contextlib.suppress(BadSampleError):
         assert ImageZip(write_zip(folder / "x.zip", {"a.jpg": b"a"})).find(name).read() == b"a"
@@ -254,14 +254,14 @@ def test_links_are_followed_and_a_row_may_name_a_place_inside_in_full(tmp_path):
     source = ImageFolder(tmp_path / "images")
     names = ["a.jpg", "sub/0a1b", str(tmp_path / "images/a.jpg"), str(tmp_path / "real/./a.jpg")]
     for name in names:
-        source.check(name)
+        source.identify(name)
         assert source.find(name).read_bytes() == b"a"
     assert source.identify("a.jpg") == source.identify(names[2]) == source.identify("./a.jpg")
     assert source.identify("a.jpg") != source.identify("sub/0a1b")
     assert not has(source, "gone.jpg") and not has(source, "loop.jpg")
     for name in (str(tmp_path / "blobs/0a1b"), f"{tmp_path}/images/../blobs/0a1b"):
         with pytest.raises(BadSampleError, match="image path leaves its folder"):
-            source.check(name)
+            source.identify(name)
 
 
 def test_what_is_no_file_is_no_picture(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_what_is_no_file_is_no_picture(tmp_path, monkeypatch):
     assert source.count() == 0
     for name in ("fifo.jpg", "folder.jpg", "folder.jpg/", "socket.jpg", "device.jpg", "."):
         with pytest.raises(BadSampleError, match="image is no file"):
-            source.check(name)
+            source.identify(name)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -294,8 +294,8 @@ def test_a_name_is_found_as_people_write_it(tmp_path, packed):
     source = source or ImageFolder(folder)
     for name in names:
         for form in ("NFC", "NFD"):
-            # a row may name the folder too
-            for row in (name, f"photos/{name}"):
+            # a row may name the folder too, or have a space too many
+            for row in (name, f"photos/{name}", f"{name} "):
                 row = unicodedata.normalize(form, row)
                 found = source.find(row)
                 assert (found.read() if packed else found.read_bytes()) == name.encode()
@@ -310,10 +310,10 @@ def test_a_name_is_found_as_people_write_it(tmp_path, packed):
         "other/no_ext": "no_ext",
     }.items():
         with pytest.raises(BadSampleError, match="image missing") as error:
-            source.check(name)
+            source.identify(name)
         assert f"{name}: there is {near}" in str(error.value)
     with pytest.raises(BadSampleError) as error:
-        source.check("nothing like it.jpg")
+        source.identify("nothing like it.jpg")
     assert "there is" not in str(error.value)
 
 
@@ -425,7 +425,7 @@ def test_archives_as_people_have_them(name):
     source = open_images(TROUBLE / "10" / name)
     with_folder = ["pics/" + one for one in right] if "pics/" in str(show_names(source)) else []
     for one in [*right, *with_folder]:
-        source.check(one)
+        source.identify(one)
         assert source.find(one).read(3) == b"\xff\xd8\xff"
 
 
@@ -449,8 +449,8 @@ def test_names_as_people_write_them():
         for name in names if isinstance(names, list) else [names]:
             if name in reasons:
                 with pytest.raises(BadSampleError, match=reasons.pop(name)):
-                    source.check(name)
+                    source.identify(name)
             else:
-                source.check(name)
+                source.identify(name)
                 assert source.find(name).is_file()
     assert not reasons
