@@ -14,11 +14,13 @@ feature cache ── found ── features ──────► batch.cached_fe
 """
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +37,12 @@ from trainer.stop import leave_signals_to_main
 # What the model's forward pass takes, but for the image features.
 _MODEL_INPUTS = ("input_ids", "labels", "image_token_indices", "label_indices")
 _TENSORS = (*_MODEL_INPUTS, "pixels", "cached_features")
+# Of each loader process: batches that it makes before they are needed.
+BATCHES_AHEAD = 2
+# A picture takes milliseconds: after so long a drive is gone, or the way of the batches is blocked.
+HANGING_SECONDS = 600
+# How many processes read is the user's choice; PyTorch would rather have one for each core.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 @dataclass
@@ -166,6 +174,40 @@ class TrainSamples(Dataset):
             n_damaged=n_damaged,
         )
 
+    def pack(self, samples: list[tuple[int, dict | str]]) -> "Parcel":
+        """The same, to be sent through a pipe."""
+        return Parcel(self.collate(samples))
+
+
+class Parcel:
+    """A batch on its way through a pipe: pickled as plain bytes, it comes out as the batch.
+
+    Tensors that are pickled themselves go through shared memory.
+    """
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __reduce__(self):
+        values = {field.name: getattr(self.batch, field.name) for field in fields(Batch)}
+        tensors = {name: one for name, one in values.items() if isinstance(one, torch.Tensor)}
+        # NumPy has no bfloat16.
+        plain = {
+            name: (one.contiguous().flatten().view(torch.uint8).numpy(), one.dtype, one.shape)
+            for name, one in tensors.items()
+        }
+        return _open_parcel, (plain, {name: values[name] for name in values.keys() - tensors})
+
+
+def _open_parcel(
+    plain: dict[str, tuple[np.ndarray, torch.dtype, torch.Size]], others: dict
+) -> Batch:
+    tensors = {
+        name: torch.from_numpy(array).view(dtype).view(shape)
+        for name, (array, dtype, shape) in plain.items()
+    }
+    return Batch(**tensors, **others)
+
 
 def make_loader(
     dataset,
@@ -173,6 +215,7 @@ def make_loader(
     num_workers: int,
     cache: FeatureCache | None = None,
     pin_memory: bool = False,
+    through_pipes: bool = False,
 ) -> DataLoader:
     """Batches of `dataset` in the order of `sampler`.
 
@@ -182,15 +225,20 @@ def make_loader(
         num_workers: processes that read; 0 reads in this one.
         cache: of image features.
         pin_memory: for a GPU, so that copies to it need no wait.
+        through_pipes: how batches come from these processes, see shared_memory.py.
+
+    RuntimeError where these processes give nothing for HANGING_SECONDS.
     """
     samples = TrainSamples(dataset, cache)
     return DataLoader(
         samples,
         batch_sampler=sampler,
-        collate_fn=samples.collate,
+        collate_fn=samples.pack if through_pipes and num_workers else samples.collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        prefetch_factor=BATCHES_AHEAD if num_workers else None,
         persistent_workers=num_workers > 0,
+        timeout=HANGING_SECONDS if num_workers else 0,
         worker_init_fn=_start_worker,
     )
 

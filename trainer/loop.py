@@ -21,6 +21,7 @@ from trainer.run_state import RunState
 from trainer.runtime import Runtime, start_runtime
 from trainer.sampler import StepSampler
 from trainer.schedule import Schedule
+from trainer.shared_memory import is_too_small
 from trainer.validation import validate
 
 
@@ -66,7 +67,8 @@ def train(
     # Where its batches and image features come from, and where its results go.
     images = open_image_encoder(model, train_data, val_data, config, runtime)
     num_workers, is_pinned = runtime.count_workers(config.num_workers), runtime.has_own_memory
-    loader = make_loader(train_data, sampler, num_workers, images.cache, is_pinned)
+    through_pipes = is_too_small(train_data, sampler, num_workers, runtime)
+    loader = make_loader(train_data, sampler, num_workers, images.cache, is_pinned, through_pipes)
     network = model
     if runtime.world_size > 1:  # ranks exchange gradients through it
         network = DistributedDataParallel(model, forward_sync_buffers=False)

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.errors import UserError, list_reasons
 from trainer.advice import write_ask_command
-from trainer.collate import Batch
+from trainer.collate import HANGING_SECONDS, Batch
 from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
 from trainer.meter import LossWatch, Meter
@@ -180,6 +180,17 @@ class Report:
             )
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return UserError(f"a file cannot be written ({error}): free some space{saved}")
+        if "DataLoader timed out" in str(error):
+            return UserError(
+                f"the processes that read data gave nothing for {HANGING_SECONDS} seconds: look "
+                "whether their pictures' drive answers, or give /dev/shm more room (docker run "
+                f"--shm-size); --num_workers 0 reads without them{saved}"
+            )
+        if "Bus error" in str(error):
+            return UserError(
+                "a process that reads data found /dev/shm full: give it more room (docker run "
+                f"--shm-size), or lower --num_workers{saved}"
+            )
         if "DataLoader worker" in str(error):
             reason = str(error).splitlines()[0]
             return UserError(
