@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.nn import Parameter
 
 from common.errors import UserError
@@ -16,7 +17,7 @@ from model.processing import VLMProcessor, load_tokenizer
 from model.vision import load_vision_encoder
 from model.weights import FREE_SIZES, read_sizes, read_weights
 from trainer.config import TrainConfig
-from trainer.paths import find_parts
+from trainer.paths import check_space, find_parts
 from trainer.runtime import Runtime
 
 
@@ -40,12 +41,36 @@ def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLM
             f"{model_config.max_seq_len} tokens (LMConfig.max_seq_len): lower the flag"
         )
 
+    # before anything of that size is made
+    n_bytes = count_bytes(model_config)
+    check_memory(n_bytes)
+    check_space(config, n_bytes)
+
+    # the network
     model = MiniMindVLM(model_config, vision_encoder).to(runtime.device)
     # The vision encoder is frozen, so it needs no float32 copy for the optimizer.
     vision_encoder.to(runtime.dtype)
     if config.compile:
         compile_blocks(model)
     return model, VLMProcessor(tokenizer, image_processor, model_config)
+
+
+def count_bytes(config: VLMConfig) -> int:
+    """Bytes of the weights of such a network, without the vision encoder."""
+    with torch.device("meta"):
+        return sum(weight.nbytes for weight in MiniMindVLM(config).parameters())
+
+
+def check_memory(n_bytes: int) -> None:
+    """UserError where the weights alone are more than this machine's memory."""
+    import psutil
+
+    memory = psutil.virtual_memory().total
+    if n_bytes > memory:
+        raise UserError(
+            f"the weights take {n_bytes / 1e9:,.0f} GB and this machine has {memory / 1e9:,.0f} GB "
+            "of memory: lower --dim or --n_layers"
+        )
 
 
 def choose_sizes(config: TrainConfig, start: Path | None) -> dict[str, int | float]:

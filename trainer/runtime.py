@@ -21,6 +21,7 @@ from trainer.stop import StopSignal
 
 # Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
 GPU_STEPS_UNREAD = 16
+MEASURED_DIM = 2048  # most, of the products that tell whether bfloat16 is faster
 
 
 @dataclass
@@ -192,7 +193,8 @@ def _choose_dtype(config: TrainConfig, runtime: Runtime) -> tuple[torch.dtype, s
     """(dtype of matrix products, why)."""
     if config.dtype == "float32":
         return torch.float32, "asked for"
-    is_good = _is_bfloat16_worth_it(runtime.device, find_dim(config))
+    # A wider model's product takes minutes, and is no different.
+    is_good = _is_bfloat16_worth_it(runtime.device, min(find_dim(config), MEASURED_DIM))
     # One choice for all ranks.
     if runtime.sum_over_ranks(is_good)[0] == runtime.world_size:
         return torch.bfloat16, "weights stay float32"

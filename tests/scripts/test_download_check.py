@@ -38,7 +38,7 @@ def test_wrong_files_are_named(tmp_path):
     weights = {"pretrain_vlm_512.pth": whole, "sft_vlm_512.pth": zeros(language_only=True)}
     refuses("weights-512", weights, "sft_vlm_512.pth does not fit the model, missing: vision_proj")
     cut_off = clip_files() | {"model.safetensors": b"cut off"}
-    refuses("clip", cut_off, "cannot load the vision encoder")
+    refuses("clip", cut_off, "model.safetensors is damaged or not a weights file")
     refuses("tokenizer", tokenizer_files() | {"tokenizer.json": b"{}"}, "cannot load the tokenizer")
     refuses("tokenizer", read_folder(TOKENIZER), "knows 672 tokens, not 6400")
     rows, archive = rows_and_images()
@@ -48,7 +48,7 @@ def test_wrong_files_are_named(tmp_path):
     refuses("pretrain-data", others, r"no usable row with .*\(30 image missing\)")
     page = data | {"pretrain_vlm_data.jsonl": b"<html>"}
     refuses("pretrain-data", page, r"no usable row .*\(1 not a JSON object\)")
-    refuses("sft-data", {"sft_i2t.parquet": b"PAR1"}, "sft_i2t.parquet is damaged")
+    refuses("sft-data", {"sft_i2t.parquet": b"PAR1"}, "sft_i2t.parquet is cut off")
     text = {"sft_i2t.parquet": parquet_file(text=["a"])}
     refuses("sft-data", text, "has columns text, not conversations and image_bytes")
 
