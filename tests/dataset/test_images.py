@@ -264,6 +264,7 @@ def test_links_are_followed_and_a_row_may_name_a_place_inside_in_full(tmp_path):
             source.identify(name)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO in a folder")
 def test_what_is_no_file_is_no_picture(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
