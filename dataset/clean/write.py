@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from dataset.block_file import import_pyarrow
 from dataset.clean.decide import REJECTED, Decision
 from dataset.clean.examine import open_source
 from dataset.clean.settings import Settings
-from dataset.parquet_rows import import_pyarrow
-from dataset.rows import ParquetRows, Rows
+from dataset.rows import ParquetRows
 
 SHARD_BYTES = 256 * 2**20  # of a Parquet file
 # Rows; small, because readers unpack a whole group for one of them.

@@ -108,26 +108,22 @@ def check_rows(path: Path, archive: Path) -> str:
 
 
 def check_parquet(path: Path) -> str:
-    from dataset.parquet_rows import COLUMNS, import_pyarrow
+    from dataset.parquet_file import open_parquet, read_records
 
-    try:
-        file = import_pyarrow().parquet.ParquetFile(path)
-        n_rows, columns = file.metadata.num_rows, set(file.schema_arrow.names)
-        if not columns.issuperset(COLUMNS):
-            raise UserError(
-                f"{path} has columns {', '.join(sorted(columns))}, not {' and '.join(COLUMNS)}: "
-                "it is another file"
-            )
-        first = next(file.iter_batches(N_ROWS, columns=["image_bytes"])).column(0) if n_rows else []
-        n_images = sum(bool(image.as_py()) for image in first)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+    # its columns
+    file = open_parquet(path)
+    n_rows, columns = file.metadata.num_rows, file.schema_arrow.names
+    if not {"conversations", "image_bytes"}.issubset(columns):
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): delete it and fetch it again"
-        ) from error
+            f"{path} has columns {', '.join(columns)}, not conversations and image_bytes: "
+            "it is another file"
+        )
+
+    # the first rows
+    first = [row for row in islice(read_records(path), N_ROWS) if isinstance(row, dict)]
+    n_images = sum(bool(row["image_bytes"]) for row in first)
     if not n_images:
         raise UserError(
             f"{path} has no images in its first {N_ROWS:,} of {n_rows:,} rows: it is another file"
         )
-    return f"{n_rows:,} rows, images in {n_images:,} of the first {min(n_rows, N_ROWS):,}"
+    return f"{n_rows:,} rows, images in {n_images:,} of the first {len(first):,}"

@@ -22,7 +22,8 @@ from common.errors import BadSampleError, UserError
 from common.files import hash_bytes
 from dataset.images import open_images
 from dataset.mixture import open_data
-from dataset.parquet_rows import ParquetRows, is_placeholder, open_copy
+from dataset.parquet_copy import is_placeholder, open_copy
+from dataset.parquet_rows import ParquetRows
 from dataset.vlm_dataset import VLMDataset
 from model.image import load_image
 from tests.helpers import SHARED, needs_shared, picture, start_script
@@ -123,6 +124,7 @@ def test_other_files_of_trouble_are_called_what_they_are(name, tmp_path):
         (b"\xef\xbb\xbf\n {}", "holds JSON, not Parquet: name it .jsonl"),
         (b"[1]", "holds JSON, not Parquet: name it .json"),
         (b"<!DOCTYPE html>", "is a web page: fetch"),
+        (b"PAR1", "is cut off after 4 bytes: fetch it again"),
         (b"PAR1" + b"x" * 50, "is cut off after 54 bytes: fetch it again"),
         (b"PAR1" + b"x" * 50 + b"PAR1", "cannot be read"),
         (b"text", "is no Parquet file"),
@@ -148,7 +150,7 @@ def test_a_page_that_is_damaged_is_said_once_and_no_copy_is_left(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:60] = b"\xff" * 56
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot be read beyond row 0 .*: fetch it again"):
+    with pytest.raises(UserError, match=r"nothing can be read beyond row 0 of .*: fetch it again"):
         ParquetRows(path)
     assert not copies(tmp_path) and not [*tmp_path.glob("*.partial")]
 
@@ -371,7 +373,8 @@ def test_processes_that_open_a_file_together_copy_it_once(tmp_path):
         f"print(len(ParquetRows(Path({str(path)!r})).keys()))"
     )
     processes = [start_script("-c", code) for _ in range(3)]
-    assert [process.communicate()[0] for process in processes] == ["400\n"] * 3
+    # What comes before it is a progress bar, on a busy machine.
+    assert all(process.communicate()[0].endswith("400\n") for process in processes)
     made = [copy.stat().st_mtime_ns for copy in copies(tmp_path)]
     assert count_rows(path) == 400
     assert [copy.stat().st_mtime_ns for copy in copies(tmp_path)] == made
@@ -424,8 +427,18 @@ def test_a_copy_that_came_with_a_read_only_folder_is_used(tmp_path, monkeypatch)
     ParquetRows(path)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    rows, _ = open_copy(path)
-    assert rows.path.parent == tmp_path and not (tmp_path / "cache").exists()
+    assert open_copy(path).rows.path.parent == tmp_path and not (tmp_path / "cache").exists()
+
+
+def test_what_looks_like_the_mark_of_a_picture_is_one_picture_or_none(tmp_path):
+    contents = [b"\0picture" + number.to_bytes(8, "little") for number in (0, 1, 2**40)]
+    columns = {"conversations": [turns()] * 3, "image": contents}
+    rows = ParquetRows(write(tmp_path / "a.parquet", columns))
+    for _, _, row in rows.scan():
+        assert len(rows.check_images(row)) == len(rows.images(row)) == 1
+    for number in range(3):
+        row = rows.read(number)
+        assert len(rows.check_images(row)) == len(rows.images(row)) == 1
 
 
 def test_a_damaged_copy_costs_a_row_and_no_run(tmp_path):
