@@ -155,10 +155,10 @@ def _shrink(image: Image.Image, factor: int) -> Image.Image:
 def _convert(image: Image.Image, scale: int) -> Image.Image:
     """RGB of 8 bits, laid on white. `scale` divides pixels of more bits."""
     if image.mode.startswith(("I", "F")):
-        gray = np.nan_to_num(np.asarray(image, dtype=np.float32)) / scale
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if isinstance(image.info.get("transparency"), int):
-            gray[gray == image.info["transparency"] / scale] = 255
-        return Image.fromarray(gray.clip(0, 255).astype(np.uint8)).convert("RGB")
+            gray[gray == image.info["transparency"]] = 255 * scale
+        return Image.fromarray((gray / scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

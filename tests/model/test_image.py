@@ -465,7 +465,7 @@ def change(content: bytes, code: bytes) -> bytes:
     return content[:at] + (b"" if kind > 250 else data + content[at + keep :])
 
 
-@settings(max_examples=6000, deadline=None)
+@settings(max_examples=4000, deadline=None)
 @given(st.integers(0, 18), st.lists(st.binary(min_size=4, max_size=4), min_size=1, max_size=4))
 def test_any_changed_file_is_a_picture_or_a_bad_sample(processor, which, codes):
     content = samples()[which]
