@@ -68,7 +68,8 @@ def hash_bytes(content: bytes | Iterable[bytes], size: int = 16) -> bytes:
 
 def hash_to_int(content: bytes) -> int:
     """The same as a number of 64 bits, which fits into a NumPy array."""
-    return int.from_bytes(hash_bytes(content, size=8), "little")
+    # `hash_bytes`, without what it does for content in parts: a million names are hashed at a start
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def read_image_bytes(source: str | Path | BinaryIO) -> bytes:

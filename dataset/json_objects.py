@@ -98,7 +98,7 @@ def _find_next(file: BinaryIO, text: str, position: int, base: int, is_end: bool
 
 
 def find_list(head: bytes, is_row_list) -> int | None:
-    """Byte offset of the first value in the list of rows that the object at the start of a file has.
+    """Byte offset of the first value in the list of rows that a file's object has.
 
     Args:
         head: the first bytes of the file.

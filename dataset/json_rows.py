@@ -144,7 +144,7 @@ def open_json(
     Args:
         path: the file.
         images: see RecordRows.
-        head: its first bytes, a megabyte or all.
+        head: its first bytes, enough to tell.
 
     UserError where it is one object that holds no rows.
     """

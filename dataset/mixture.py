@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from common.errors import MissingFileError, UserError
-from dataset.rows import check_data_file
+from dataset.rows import find_data_files
 
 # Imported where they are used: `find_sources` names a missing file before torch is there.
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Source(NamedTuple):
     """One data file.
 
     Args:
-        path: of a .jsonl or .parquet file.
+        path: of a data file, or of a folder that is one, see `find_data_files`.
         images: folder or .zip of its pictures; None if there is none.
         weight: how often each of its rows comes in an epoch.
     """
@@ -122,7 +122,8 @@ def open_data(
     """The dataset that `--data` and `--images` describe.
 
     Args:
-        data: files, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it if wanted.
+        data: files, folders, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it
+            if wanted.
         images: one folder or .zip for all of them, or one for each.
         processor: encodes the rows.
         max_length: most tokens of a sample; longer ones are cut.
@@ -145,7 +146,8 @@ def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
     """One Source for each file that `data` names, or whose name fits a pattern in it, in order.
 
     Args:
-        data: files, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it if wanted.
+        data: files, folders, or patterns such as "part-*.parquet", each with ":WEIGHT" behind it
+            if wanted.
         images: one folder or .zip for all of them, or one for each.
 
     MissingFileError where a file is missing, UserError for other mistakes.
@@ -164,11 +166,12 @@ def find_sources(data: list[str], images: list[str] | None) -> list[Source]:
     sources = []
     for entry, folder in zip(data, folders):
         pattern, weight = split_weight(entry)
-        is_pattern = glob.has_magic(pattern) and not Path(pattern).is_file()
-        paths = sorted(glob.glob(pattern)) if is_pattern else [str(check_data_file(pattern))]
+        is_pattern = glob.has_magic(pattern) and not Path(pattern).exists()
+        paths = sorted(glob.glob(pattern)) if is_pattern else [pattern]
         if not paths:
             raise MissingFileError(f"no data fits {pattern}: correct the pattern of --data")
-        sources += [Source(path, folder, weight) for path in paths]
+        files = (str(file) for path in paths for file in find_data_files(path))
+        sources += [Source(file, folder, weight) for file in files]
     return sources
 
 
@@ -176,7 +179,7 @@ def split_weight(entry: str) -> tuple[str, Fraction]:
     """("a.jsonl", 2) of "a.jsonl:2"; weight 1 if none is given."""
     # A file's own name may end like a weight.
     match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?|\.\d+)", entry)
-    if not match or Path(entry).is_file():
+    if not match or Path(entry).exists():
         return entry, Fraction(1)
     weight = Fraction(match[2])
     if not 0 < weight <= MAX_WEIGHT:

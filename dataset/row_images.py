@@ -10,12 +10,15 @@ from common.errors import BadSampleError
 from common.files import MAX_IMAGE_BYTES
 
 # Keys that hold pictures, as `simplify_key` writes them; the first one with a value is read.
-IMAGE_KEYS = """
-    image images imagebytes imagepath imagepaths imagefile imagefiles imagename imagenames
-    imagefilename img imgs imgpath imgpaths imgfile imgname picture pictures picturepath photo
-    photos photopath pic pics filename filenames file filepath path jpg jpeg png webp gif bmp
-    imagebase64 imageb64 base64 b64 imagedata imageurl imageurls imgurl url urls
-""".split()
+IMAGE_KEYS = (
+    *("image", "images", "imagebytes", "imagepath", "imagepaths", "imagefile", "imagefiles"),
+    *("imagename", "imagenames", "imagefilename", "img", "imgs", "imgpath", "imgpaths"),
+    *("imgfile", "imgname", "picture", "pictures", "picturepath", "photo", "photos", "photopath"),
+    *("pic", "pics", "filename", "filenames", "file", "filepath", "path"),
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+    *("imagebase64", "imageb64", "base64", "b64", "imagedata"),
+    *("imageurl", "imageurls", "imgurl", "url", "urls"),
+)
 _RANK = {key: rank for rank, key in enumerate(IMAGE_KEYS)}
 # Keys of a picture that is an object, in the order in which they are tried.
 INNER_KEYS = (

@@ -66,7 +66,7 @@ def check_row(rows: Rows, row: Row | BadSampleError) -> CheckedRow:
         raise row
     pictures = rows.check_images(row)
     turns = check_conversation(row.conversations)
-    if not any(role == "assistant" for role, _ in turns):
+    if "assistant" not in [role for role, _ in turns]:
         raise BadSampleError("no answer")
     turns, n_surplus = match_image_tags(turns, len(pictures))
     repairs = (*row.repairs, SURPLUS_DROPPED) if n_surplus else row.repairs

@@ -11,13 +11,13 @@ from common.errors import run_command
 from common.flags import parse_flags
 from dataset.clean.settings import Settings
 from dataset.packages import check_packages
-from dataset.rows import check_data_file
+from dataset.rows import find_data_files
 from model.files import find_tokenizer
 
 
 def main() -> None:
     settings = parse_flags(Settings(), __doc__)
-    check_data_file(settings.data)
+    find_data_files(settings.data)
     # The command that is printed at the end names it.
     if settings.tokenizer:
         find_tokenizer(settings.tokenizer)

@@ -14,9 +14,9 @@ from common.flags import MOST_SEED, check_options, option
 class Settings:
     """UserError for a value out of range."""
 
-    data: str = option("", "rows to clean: a .jsonl or .parquet file", positional=True)
+    data: str = option("", "rows to clean: a data file, or a folder of one", positional=True)
     out: str = option("", "new folder for the cleaned set", positional=True)
-    images: str | None = option(None, "folder or .zip of the pictures that a .jsonl names")
+    images: str | None = option(None, "folder or .zip of the pictures that the rows name")
     format: Literal["jsonl", "parquet"] = option("jsonl", "format of the cleaned set")
     size: int = option(
         128, "pixels a side that pictures get; 0 leaves them as they are", least=0, most=4096

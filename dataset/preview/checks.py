@@ -251,7 +251,7 @@ def show_checks(rows: Rows, checked: Checked) -> None:
     for reason, count in checked.left_out.most_common():
         print(f"  {count:>7,}  {reason}")
         keys = [key for key, _ in checked.places[reason]]
-        for (key, detail), place in zip(checked.places[reason], rows.name_places(keys)):
+        for (_, detail), place in zip(checked.places[reason], rows.name_places(keys)):
             print(f"           {place:<12} {one_line(detail)}".rstrip())
     if checked.repaired:
         show("repaired", list_reasons(checked.repaired))

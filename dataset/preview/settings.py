@@ -14,11 +14,11 @@ class Settings:
     """UserError for a value out of range."""
 
     data: list[str] = option(
-        [], ".jsonl or .parquet files, or patterns, as for training", positional=True
+        [], "data files, folders, or patterns, as for training", positional=True
     )
     images: list[str] = option(
         [],
-        "folders or .zips of the images that a .jsonl names: one for all, or one for each file",
+        "folders or .zips of the images that the rows name: one for all, or one for each file",
         aliases=("--images_path",),
     )
     tokenizer: str | None = option(

@@ -1,0 +1,145 @@
+"""Rows of a .tar shard as WebDataset writes it: `0001.jpg`, `0001.json`, `0002.jpg`, ..."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from common.errors import BadSampleError, UserError
+from common.files import MAX_IMAGE_BYTES
+from dataset.image_names import SUFFIX
+from dataset.record_rows import RecordRows, byte_bar
+
+# Of a text or JSON beside a picture.
+LARGEST_TEXT = 2**24
+TEXTS = {"txt": "caption", "text": "caption", "caption": "caption"}
+
+
+class TarRows(RecordRows):
+    """Rows of a .tar: files that follow each other and have one name up to the first dot.
+
+    The key of a row is the byte offset of its first file: one seek to read it. Nothing is unpacked
+    to disk. UserError for a file that is no .tar.
+    """
+
+    container = "WebDataset"
+
+    def __init__(self, path: Path):
+        super().__init__(path, None)
+        try:
+            tarfile.open(path, "r:").close()
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise UserError(
+                f"{path} is no whole .tar ({error}): unpack or fetch it again"
+            ) from error
+
+    def read_records(self) -> Iterator[tuple[int, int, dict | BadSampleError]]:
+        """(offset, bytes, record) of every row."""
+        position = 0
+        with byte_bar(self.path) as bar:
+            for key, record in self._read_groups(0):
+                yield key, len(json.dumps(self._leave_out_images(record))), record
+                bar.update(key - position)
+                position = key
+
+    def read_record(self, key: int) -> dict:
+        _, record = next(self._read_groups(key))
+        if isinstance(record, BadSampleError):
+            raise record
+        return record
+
+    def read_raw(self, key: int) -> dict:
+        """The text of a row; its pictures stay in the .tar, at the offset that is the key."""
+        record = self._leave_out_images(next(self._read_groups(key))[1])
+        return {"offset": key, "line": json.dumps(record, ensure_ascii=False)}
+
+    @staticmethod
+    def _leave_out_images(record: dict | BadSampleError) -> dict:
+        if isinstance(record, BadSampleError):
+            return {}
+        return {name: value for name, value in record.items() if name != "images"}
+
+    def name_places(self, keys: list[int]) -> list[str]:
+        names = []
+        for key in keys:
+            with open(self.path, "rb") as file:
+                file.seek(key)
+                names.append(tarfile.TarFile(fileobj=file).next().name)
+        return names
+
+    def _read_groups(self, start: int) -> Iterator[tuple[int, dict | BadSampleError]]:
+        """(offset, record) of the rows from byte `start` on."""
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            members = list_members(tarfile.TarFile(fileobj=file), start)
+            for _, group in groupby(members, key=lambda one: split_name(one[1].name)[0]):
+                # the offset of the first, and all of them while the file is at their place
+                key, record, images = None, {}, []
+                try:
+                    for offset, member, archive in group:
+                        key = offset if key is None else key
+                        read = read_member(archive, member)
+                        if isinstance(read, bytes):
+                            images.append(read)
+                        else:
+                            record |= read
+                    record = {"images": images} | record if images else record
+                except BadSampleError as error:
+                    record = error
+                yield key, record
+
+
+def list_members(
+    archive: tarfile.TarFile, start: int
+) -> Iterator[tuple[int, tarfile.TarInfo, tarfile.TarFile]]:
+    """(byte offset, file, archive) of the files of a .tar from byte `start` on.
+
+    A cut or damaged archive ends at the damage.
+    """
+    offset = start
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, OSError, ValueError, OverflowError):
+            return
+        if member is None:
+            return
+        # Otherwise the archive would remember each of a million files.
+        archive.members = []
+        if member.isfile() and not Path(member.name).name.startswith("."):
+            yield offset, member, archive
+        offset = archive.offset
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("sub/0001", "seg.png") of "sub/0001.seg.png", as WebDataset has it."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> dict | bytes:
+    """A picture, or what a text adds to its row's record: nothing if it is of no known kind."""
+    _, suffix = split_name(member.name)
+    is_image, last = bool(SUFFIX.search(f".{suffix}")), suffix.rpartition(".")[2]
+    if not is_image and last not in ("json", *TEXTS):
+        return {}
+    limit = MAX_IMAGE_BYTES if is_image else LARGEST_TEXT
+    if member.size > limit:
+        reason = "image too large" if is_image else "text too large"
+        raise BadSampleError(reason, f"{member.name} has over {limit // 2**20} MB")
+    content = archive.extractfile(member).read()
+    if is_image:
+        return content
+    try:
+        text = content.decode("utf-8-sig")
+        value = json.loads(text) if last == "json" else {TEXTS[last]: text.strip()}
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("not a JSON object", f"{member.name}: {error}") from error
+    if isinstance(value, list):
+        value = {"conversations": value}
+    if not isinstance(value, dict):
+        raise BadSampleError("not a JSON object", f"{member.name} is {value!r:.60}")
+    # The picture is in the archive, whatever the text says of its name.
+    return {key: one for key, one in value.items() if key not in ("image", "images")}
