@@ -120,11 +120,11 @@ def open_image_encoder(
 
     cache = None
     if size > limit:
-        enough = f"{needed_gb(size)} would do"
-        if not format.is_int8:
-            smaller = n_pictures * replace(format, is_int8=True).slot_bytes
-            enough += f", or {needed_gb(smaller)} with --feature_cache_dtype int8"
-        runtime.print(f"{line}: off, --feature_cache_gb is {config.feature_cache_gb:g}; {enough}")
+        enough = needed_gb(size)
+        smaller = needed_gb(n_pictures * replace(format, is_int8=True).slot_bytes)
+        hint = f", or {smaller} with --feature_cache_dtype int8" if smaller != enough else ""
+        given = f"{config.feature_cache_gb:g}"
+        runtime.print(f"{line}: off, --feature_cache_gb is {given}; {enough} would do{hint}")
     elif n_pictures:
         root = Path(config.feature_cache or f"{config.out_dir}/features")
         folder = root / name_cache(model.vision_encoder, image_processor, format)

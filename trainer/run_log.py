@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, list_reasons
 from common.files import atomic_write, write_text
 from trainer.config import TrainConfig
 from trainer.dashboard import open_dashboards
@@ -122,7 +122,8 @@ class RunLog:
             return
         self.val_points.append((step, validation.loss))
         self._write_numbers("validation", step, {"val_loss": validation.loss})
-        self.print(f"step {step}: validation loss {validation.loss:.4f}")
+        left_out = f" (left out: {list_reasons(validation.skipped)})" if validation.skipped else ""
+        self.print(f"step {step}: validation loss {validation.loss:.4f}{left_out}")
         for sample in validation.samples:
             self._write(event="sample", step=step, **sample._asdict())
             for name, text in zip(("asked", "right", "given"), sample[1:]):

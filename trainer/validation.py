@@ -1,11 +1,12 @@
 """The loss on rows that are not learned from, and answers that show what this loss means."""
 
 import itertools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
-from common.errors import BadSampleError
+from common.errors import BadSampleError, UserError, list_reasons
 from model.model_vlm import MiniMindVLM
 from model.processing import IMAGE_TAG, check_conversation
 from trainer.collate import TrainSamples, make_loader
@@ -31,6 +32,7 @@ class Validation(NamedTuple):
 
     loss: float  # mean over all label tokens
     samples: list[SampleAnswer]  # none outside the main process
+    skipped: Counter[str]  # rows that could not be used, by reason
 
 
 @torch.no_grad()
@@ -38,6 +40,8 @@ def validate(
     model: MiniMindVLM, images: ImageEncoder, val_data, batch_size: int, runtime: Runtime
 ) -> Validation:
     """Loss and sample answers; the model is in training mode before and after.
+
+    UserError where not a single row can be used.
 
     Args:
         model: what is trained.
@@ -47,16 +51,16 @@ def validate(
         runtime: its ranks share the rows out; the main process answers.
     """
     model.eval()
-    loss = measure_loss(model, images, val_data, batch_size, runtime)
+    loss, skipped = measure_loss(model, images, val_data, batch_size, runtime)
     samples = answer_samples(model, images, val_data, runtime) if runtime.is_main else []
     model.train()
-    return Validation(loss, samples)
+    return Validation(loss, samples, skipped)
 
 
 def measure_loss(
     model: MiniMindVLM, images: ImageEncoder, val_data, batch_size: int, runtime: Runtime
-) -> float:
-    """Mean loss over all label tokens of `val_data`, which the ranks share out."""
+) -> tuple[float, Counter[str]]:
+    """Mean loss over all label tokens of `val_data`, which the ranks share out; rows left out."""
     sampler = StepSampler(
         val_data.lengths,
         batch_size,
@@ -65,14 +69,21 @@ def measure_loss(
         shuffle=False,
     )
     loss_sum, n_labels = torch.zeros((), device=runtime.device), 0
+    skipped: Counter[str] = Counter()
     for batch in make_loader(val_data, sampler, num_workers=0, cache=images.cache):
         batch, count = batch.to(runtime.device), batch.n_labels
         with runtime.autocast():
             features = images.features(batch)
             loss = model(**batch.model_inputs(), image_features=features).loss
         loss_sum, n_labels = loss_sum + loss * count, n_labels + count
+        skipped.update(batch.skipped)
+
+    # of all ranks
     loss_sum, n_labels = runtime.sum_over_ranks(loss_sum.item(), n_labels)
-    return loss_sum / max(n_labels, 1)
+    skipped = sum(runtime.gather(skipped), Counter())
+    if not n_labels:
+        raise UserError(f"no row of the validation set could be used ({list_reasons(skipped)})")
+    return loss_sum / n_labels, skipped
 
 
 def answer_samples(

@@ -204,8 +204,8 @@ def test_a_cache_counts_pictures_and_says_which_limit_would_do(rows_dir, tmp_pat
     changes = dict(data_path=data, max_steps=1, out_dir=tmp_path)
     for limit, line in (
         (1, "feature cache: 24 pictures take up to 0 MB in"),
-        (1e-6, "off, --feature_cache_gb is 1e-06; 0.1 would do, or 0.1 with --feature_cache_dtype"),
-        (0, "off, --feature_cache_gb is 0; 0.1 would do"),
+        (1e-6, "off, --feature_cache_gb is 1e-06; 0.1 would do\n"),
+        (0, "off, --feature_cache_gb is 0; 0.1 would do\n"),
     ):
         flags = as_flags(**(options | changes | {"feature_cache_gb": limit}))
         assert line in run_script("train_sft_vlm.py", *flags).stdout

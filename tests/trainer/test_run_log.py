@@ -220,6 +220,7 @@ def test_a_row_that_cannot_be_read_gives_its_place_to_the_next(options, tmp_path
     changes = dict(val_data=data, val_images=tmp_path / "images", out_dir=tmp_path, max_steps=1)
     finished = run_script("train_sft_vlm.py", *as_flags(**(options | changes)))
     assert finished.returncode == 0, finished.stdout
+    assert " (left out: 3 image damaged)\n" in finished.stdout
     # Rows 0 and 1, 2 and 3, 4 and 5: of the second pair none is whole.
     steps = [(line["step"], line["row"]) for line in read_log(tmp_path, "sample")]
     assert steps == [(0, 1), (0, 4), (1, 1), (1, 4)]

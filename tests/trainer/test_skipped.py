@@ -100,3 +100,14 @@ def test_pictures_that_go_away_end_the_run(options, tmp_path):
     assert "warning: " in printed
     skipped = [line["skipped"] for line in read_log(tmp_path, "train")]
     assert skipped[0] == 0 and skipped[-1] > 0 and f"skipped={skipped[-1]}" in printed
+
+
+def test_a_validation_without_a_row_is_no_loss_of_zero(options, bad_rows, tmp_path):
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("".join(rows[3:]), encoding="utf-8")
+    changes = dict(val_data=damaged, val_images=tmp_path / "images")
+    finished = run_script("train_sft_vlm.py", *as_flags(**(options | bad_rows | changes)))
+    last = finished.stdout.splitlines()[-1]
+    assert finished.returncode == 2
+    assert last == "error: no row of the validation set could be used (21 image damaged)"
