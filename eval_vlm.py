@@ -22,7 +22,7 @@ from common.threads import describe_threads
 from dataset.mixture import find_sources, open_data
 from inference.config import PICTURE_TYPES, EvalConfig
 from inference.paths import find_model
-from model.files import read_info
+from model.files import find_own, read_info
 
 if TYPE_CHECKING:
     from inference import VLM
@@ -77,7 +77,7 @@ def find_pictures(config: EvalConfig) -> list[list[Path]]:
     # a folder: each picture, or those of each folder in it
     has_several = config.model_mode == 2
     default = "dataset/eval_multi_images" if has_several else "dataset/eval_images"
-    folder = Path(config.images_dir or default)
+    folder = Path(config.images_dir) if config.images_dir else find_own(default)
     if not folder.is_dir():
         raise MissingFileError(
             f"no folder {folder}: put pictures there, or pass --image FILE or --images_dir FOLDER"

@@ -11,14 +11,15 @@ import sys
 from common.errors import run_command
 from common.flags import parse_flags
 from dataset.mixture import check_sources, open_train_and_val
+from model.files import find_own
 from trainer.config import TrainConfig
 from trainer.paths import check_output, find_parts
 
 DEFAULTS = TrainConfig(
     init_weights="lm",
     save_name="pretrain_vlm",
-    data_path=["dataset/pretrain_vlm_data.jsonl"],
-    images_path=["dataset/pretrain_images"],
+    data_path=[str(find_own("dataset/pretrain_vlm_data.jsonl"))],
+    images_path=[str(find_own("dataset/pretrain_images"))],
     epochs=4,
     batch_size=16,
     auto_step_size=16,

@@ -12,14 +12,15 @@ import sys
 from common.errors import run_command
 from common.flags import parse_flags
 from dataset.mixture import check_sources, open_train_and_val
+from model.files import find_own
 from trainer.config import TrainConfig
 from trainer.paths import check_output, find_parts
 
 DEFAULTS = TrainConfig(
     init_weights="pretrain_vlm",
     save_name="sft_vlm",
-    data_path=["dataset/sft_vlm_data.jsonl"],
-    images_path=["dataset/sft_images"],
+    data_path=[str(find_own("dataset/sft_vlm_data.jsonl"))],
+    images_path=[str(find_own("dataset/sft_images"))],
     epochs=6,
     batch_size=8,
     auto_step_size=8,

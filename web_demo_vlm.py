@@ -6,6 +6,7 @@ The page itself is inference/web_page.py.
 """
 
 import importlib.util
+import signal
 import subprocess
 import sys
 
@@ -47,9 +48,13 @@ def serve(config: WebConfig) -> int:
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "streamlit", "run", *flags, __file__, "--", *sys.argv[1:]]
     print(f"starting on http://localhost:{config.port} (Ctrl-C ends it)", flush=True)
+    process = subprocess.Popen(command)
+    # Who ends this process means the page; Ctrl-C reaches both.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
-        return subprocess.call(command)
+        return process.wait()
     except KeyboardInterrupt:
+        process.wait()
         return 0
 
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
 from common.flags import NO_MOE, PublishedFlag, check_options, option
-from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
+from model.files import OUT_DIR, TOKENIZER_PATH, VISION_MODEL_PATH
 
 DTYPES = ("float32", "float16", "int8")
 # Files that are taken for pictures in a folder, and that the page lets a visitor choose.
@@ -35,7 +35,7 @@ class AskConfig:
     model_mode: Literal[0, 1, 2] = option(
         1, "NAME of that file; 0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi (several images)"
     )
-    out_dir: str = option("out", "folder of that file")
+    out_dir: str = option(OUT_DIR, "folder of that file")
     transformers_dir: str = option("MiniMind2-V", "directory that --load 1 reads")
     dim: int | None = option(
         None, "width of the language model; read off the weights if not given", least=2, most=16_384

@@ -11,12 +11,15 @@ from common.errors import MissingFileError, UserError
 from inference.config import DTYPES, AskConfig
 from model.files import (
     DEFAULT_DIM,
+    OUT_DIR,
     TOKENIZER_PATH,
     VISION_MODEL_PATH,
     WEIGHTS_NAMES,
+    find_own,
     find_tokenizer,
     find_vision_model,
     find_weights,
+    name_places,
     read_info,
     read_json,
     weights_path,
@@ -58,15 +61,18 @@ def choose_weights(config: AskConfig) -> Path:
             )
         return Path(config.weights)
     if config.load == 1:
-        folder = Path(config.transformers_dir)
+        folder = find_own(config.transformers_dir)
         if not (folder / "config.json").is_file():
             raise MissingFileError(
-                f"no transformers directory at {folder}: fetch it with "
-                f"`hf download jingyaogong/MiniMind2-V --local-dir {folder}`"
+                f"no transformers directory at {name_places(config.transformers_dir)}: fetch it "
+                "with `hf download jingyaogong/MiniMind2-V --local-dir "
+                f"{config.transformers_dir}`"
             )
         return folder
     # the file of that mode; else say which others there are
     folder, name = Path(config.out_dir), WEIGHTS_NAMES[config.model_mode]
+    if config.out_dir == OUT_DIR:
+        folder = find_own(folder)
     found = find_by_name(folder, name, config.dim)
     if found is not None:
         return found
@@ -79,6 +85,7 @@ def choose_weights(config: AskConfig) -> Path:
         )
     # what `make demo` has trained, or what is shipped
     for place in DEMO_FOLDERS:
+        place = find_own(place)
         if find_by_name(place, name, config.dim):
             raise MissingFileError(
                 f"no weights at {path}: pass --out_dir {place} for the demo's, or fetch the "

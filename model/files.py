@@ -38,35 +38,48 @@ VISION_MODEL_PATH = "model/vision_model"
 DEFAULT_DIM = read_default_dim()  # width if nothing else says it
 # Published names of weights, by --model_mode.
 MAX_JSON_BYTES = 16 * 2**20  # of a file that describes a model
+OUT_DIR = "out"  # where weights go and come from, if nothing else is said
 WEIGHTS_NAMES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 
 
 def find_tokenizer(path: str | Path = TOKENIZER_PATH) -> Path:
     """The folder of a tokenizer; MissingFileError where there is none."""
-    folder = _find_folder(path)
+    folder = find_own(path)
     if not (folder / "tokenizer.json").is_file():
         raise MissingFileError(
-            f"no tokenizer in {path}: fetch it with `python -m scripts.download tokenizer`, "
-            "or point --tokenizer to it"
+            f"no tokenizer in {name_places(path)}: fetch it with "
+            "`python -m scripts.download tokenizer`, or point --tokenizer to it"
         )
     return folder
 
 
 def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
     """The folder of a vision encoder: `path` or clip-vit-base-patch16 below it."""
-    folder = _find_folder(path)
+    folder = find_own(path)
     for candidate in (folder, folder / "clip-vit-base-patch16"):
         if (candidate / "config.json").is_file():
             return candidate
     raise MissingFileError(
-        f"no CLIP in {path}: fetch it with `python -m scripts.download clip`, "
+        f"no CLIP in {name_places(path)}: fetch it with `python -m scripts.download clip`, "
         "or point --vision_model to it"
     )
 
 
-def _find_folder(path: str | Path) -> Path:
+def find_own(path: str | Path) -> Path:
     """`path` as seen from here; else from the repository, for scripts and notebooks elsewhere."""
-    return Path(path) if Path(path).exists() else ROOT / path
+    return Path(path) if Path(path).exists() or is_at_home() else ROOT / path
+
+
+def name_places(path: str | Path) -> str:
+    """Where `find_own` looks for a file, for the message that it is not there."""
+    if Path(path).is_absolute() or is_at_home():
+        return str(path)
+    return f"{path}, as seen from {Path.cwd()} and from {ROOT}"
+
+
+def is_at_home() -> bool:
+    """Whether the repository is the working directory."""
+    return Path.cwd() == ROOT.resolve()
 
 
 def weights_path(out_dir: str | Path, name: str, dim: int) -> Path:

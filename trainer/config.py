@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.flags import MOST_SEED, NO_MOE, PublishedFlag, check_options, option
-from model.files import TOKENIZER_PATH, VISION_MODEL_PATH
+from model.files import OUT_DIR, TOKENIZER_PATH, VISION_MODEL_PATH
 
 MOST_STEPS = 1_000_000_000  # optimizer steps
 
@@ -170,7 +170,7 @@ class TrainConfig:
     ddp: bool = option(False, "refuse to start outside torchrun (under torchrun, DDP is always on)")
 
     # What it leaves.
-    out_dir: str = option("out", "folder of weights, logs and curves", group="output")
+    out_dir: str = option(OUT_DIR, "folder of weights, logs and curves", group="output")
     save_name: str = option("train", "weights go to OUT_DIR/SAVE_NAME_DIM.pth")
     log_interval: int = option(
         10, "optimizer steps between lines of the log", least=1, most=MOST_STEPS

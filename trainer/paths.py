@@ -10,8 +10,10 @@ from typing import NamedTuple
 from common.errors import MissingFileError, UserError
 from model.files import (
     DEFAULT_DIM,
+    OUT_DIR,
     TOKENIZER_PATH,
     VISION_MODEL_PATH,
+    find_own,
     find_tokenizer,
     find_vision_model,
     find_weights,
@@ -108,6 +110,8 @@ def find_init_weights(config: TrainConfig) -> Path | None:
     if Path(name).suffix in (".pth", ".safetensors"):
         return find_weights(name)
     path = weights_path(config.out_dir, name, config.dim or DEFAULT_DIM)
+    if config.out_dir == OUT_DIR:
+        path = find_own(path)
     if path.is_file():
         return path
     # of another size than model/LMConfig.py or --dim says
