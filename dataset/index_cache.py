@@ -22,18 +22,28 @@ def cache_paths(source: Path, kind: str) -> list[Path]:
 
     The second name tells files of one name in several folders apart.
     """
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind-v"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own = Path(cache) / "minimind-v"
     place = hash_bytes(os.fsencode(source.resolve()), size=8).hex()
     return [source.with_name(f".{source.name}.{kind}"), own / f"{place}.{source.name}.{kind}"]
 
 
 def choose_cache_path(source: Path, kind: str) -> Path:
-    """Where to cache a file of this kind: beside `source` if its folder can be written."""
+    """Where to cache a file of this kind: beside `source` if its folder can be written.
+
+    UserError where the user's own cache cannot be written either.
+    """
     beside, own = cache_paths(source, kind)
     if os.access(source.parent, os.W_OK):
         return beside
-    # For this user alone: what is read from it is trusted.
-    own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        # For this user alone: what is read from it is trusted.
+        own.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"neither {source.parent} nor {own.parent} can be written ({error.strerror}): name "
+            "another folder in XDG_CACHE_HOME"
+        ) from error
     return own
 
 
