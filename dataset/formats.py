@@ -27,6 +27,7 @@ from dataset.row_images import find_image_key, find_named_keys, read_images, sim
 # That of model/processing.py, which would import PyTorch.
 IMAGE_TAG = "<image>"
 PUBLISHED = "conversations", "image"
+EMPTY = None, "", []
 SHORT_NAME = 64  # shorter than any base64
 # Names of repairs.
 PUT_IN_FRONT = "<image> put in front"
@@ -239,22 +240,22 @@ def _read_text(record: dict) -> Text:
 
 def _read_chat(record: dict) -> Text | None:
     """A list of turns: conversations, messages, ..."""
-    key = next((key for key in CHAT_KEYS if record.get(key)), None) or _find_key(record, CHAT_KEYS)
+    key = _find_key(record, CHAT_KEYS)
     if key is None:
         if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
             turns = _read_turns(record["prompt"] + record["completion"])
             return Text("prompt/completion", ("prompt", "completion"), *turns)
         return None
-    value = record[key]
-    if isinstance(value, str) and key != "texts":
+    value, name = record[key], simplify_key(key)
+    if isinstance(value, str) and name != "texts":
         value = _read_json(value)
     # Captions, one for each of several pictures or languages.
-    if not isinstance(value, list) or (key == "texts" and isinstance(value[0], str)):
+    if not isinstance(value, list) or (name == "texts" and isinstance(value[0], str)):
         return None
     if not value:
         raise BadSampleError("no conversation", f"{key} is empty")
     turns, images = _read_turns(value)
-    name = "messages" if key == "messages" else "MiniMind-V" if key == "conversations" else key
+    name = "MiniMind-V" if name == "conversations" else name
     if isinstance(value[0], dict) and "from" in value[0]:
         name = "LLaVA" if "image" in record else "ShareGPT"
     return Text(name, (key,), turns, images)
@@ -323,7 +324,7 @@ def _read_content(content: object, index: int) -> tuple[str, list]:
 
 def _find_key(record: dict, names: tuple[str, ...]) -> str | None:
     """The key of a record that is written in one of these ways and has a value."""
-    simple = {simplify_key(key): key for key, value in record.items() if value not in (None, "")}
+    simple = {simplify_key(key): key for key, value in record.items() if value not in EMPTY}
     return next((simple[name] for name in names if name in simple), None)
 
 

@@ -46,7 +46,8 @@ def read_values(file: BinaryIO, start: int) -> Iterator[Value]:
         problem = ""
         try:
             _, end = _DECODER.raw_decode(text, position)
-            is_cut = end == len(text)
+            # a number may go on: "1.5" | "e+10"
+            is_cut = end + 3 > len(text)
         except (JSONDecodeError, RecursionError) as error:
             problem, end = str(error), len(text)
             is_cut = isinstance(error, JSONDecodeError) and _is_cut(error, len(text))

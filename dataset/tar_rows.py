@@ -129,7 +129,11 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> dict | byt
     if member.size > limit:
         reason = "image too large" if is_image else "text too large"
         raise BadSampleError(reason, f"{member.name} has over {limit // 2**20} MB")
-    content = archive.extractfile(member).read()
+    try:
+        content = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError) as error:
+        reason = "image damaged" if is_image else "text missing"
+        raise BadSampleError(reason, f"{member.name}: {error}") from error
     if is_image:
         return content
     try:
