@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
 from common.files import atomic_write, hash_bytes
-from dataset.block_file import BlockFile, BlockWriter
+from dataset.block_file import BlockFile, BlockWriter, import_pyarrow
 from dataset.index_cache import cache_paths, choose_cache_path, stamp
 from dataset.parquet_file import first_line, read_records
 from dataset.row_images import IMAGE_KEYS, read_images, simplify_key
@@ -125,6 +125,8 @@ def open_copy(path: Path) -> ParquetCopy:
             copy = _find_copy(path, stamped)
             if copy is None:
                 _write_copy(path, files, stamped)
+                # What a row group took, hundreds of MB, would stay with this process.
+                import_pyarrow().default_memory_pool().release_unused()
                 copy = ParquetCopy(*map(BlockFile, files))
     return copy
 
