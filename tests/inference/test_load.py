@@ -124,6 +124,9 @@ def test_contradictions_name_both_values(described, tmp_path, parts):
         load_vlm(path, dtype="int4")
     with pytest.raises(UserError, match="--device gpu is no device: pass cpu, cuda"):
         load_vlm(path, device="gpu")
+    for device in ("meta", "mps:7", "cpu:3"):
+        with pytest.raises(UserError, match=f"--device {device} but PyTorch sees|there are only"):
+            load_vlm(path, device=device)
     assert choose_device(None).type in ("cpu", "cuda", "mps", "xpu")
     language_model = MiniMindLM(small_model().config)
     save_atomically(language_model.state_dict(), tmp_path / "lm_64.pth")
@@ -136,9 +139,16 @@ def test_contradictions_name_both_values(described, tmp_path, parts):
     [
         ({"n_kv_heads": 2}, "has n_kv_heads 1, but the model here has n_kv_heads 2"),
         ({"n_image_tokens": 196}, "was trained with n_image_tokens 196, .* has n_image_tokens 9"),
-        ({"dim": "64"}, "has dim 64|damaged"),
+        ({"dim": "64"}, r"is damaged \(dim is '64': it has to be a whole number"),
         ({"n_heads": "4"}, "is damaged .*: remove it, and pass --dim and --n_layers instead"),
         ({"n_kv_head": 2}, "has no n_kv_head"),
+        ({"n_layers": 200}, "is of dim 64 with 2 layers, not of dim 64 with 200"),
+        ({"n_layers": 10**9}, r"is damaged \(n_layers is 1000000000: it has to be from 1 to 256\)"),
+        ({"hidden_dim": 100_000}, "has hidden_dim 192, but the model here has hidden_dim 100000"),
+        ({"rope_theta": float("nan")}, r"is damaged \(rope_theta is nan: it has to be from 1"),
+        ({"max_seq_len": -1}, r"is damaged \(max_seq_len is -1"),
+        ({"dropout": [0]}, r"is damaged \(dropout is \[0\]: it has to be a number"),
+        ({"dim": True}, r"is damaged \(dim is True"),
     ],
 )
 def test_an_edited_description_is_found_out(described, tmp_path, changes, message):
@@ -149,6 +159,42 @@ def test_an_edited_description_is_found_out(described, tmp_path, changes, messag
     (tmp_path / "x_64.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=message):
         load_vlm(tmp_path / "x_64.pth", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"config": 3}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_a_description_that_is_none_is_one_line(described, tmp_path, content):
+    _, path = described
+    (tmp_path / "x_64.pth").write_bytes(path.read_bytes())
+    (tmp_path / "x_64.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match="x_64.json is damaged .*: remove it, and pass --dim"
+    ) as error:
+        load_vlm(tmp_path / "x_64.pth", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "vision_model", "question"])
+@pytest.mark.parametrize("value", [3, ["a"], {"a": 1}])
+def test_a_part_that_is_no_path_is_one_line(described, tmp_path, name, value):
+    _, path = described
+    (tmp_path / "x_64.pth").write_bytes(path.read_bytes())
+    info = json.loads(path.with_suffix(".json").read_text()) | {name: value}
+    (tmp_path / "x_64.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=rf"x_64.json is damaged \({name} is no text\)"):
+        load_vlm(tmp_path / "x_64.pth", device="cpu")
+
+
+@pytest.mark.parametrize("layer", [1, 255])
+def test_a_file_of_many_layers_and_few_numbers_takes_no_memory(described, tmp_path, layer, parts):
+    """The name of one tensor says how many layers there are; that many are not made for it."""
+    weights = {"tok_embeddings.weight": torch.zeros(1).expand(672, 16_384)}
+    weights["vision_proj.vision_proj.0.weight"] = torch.zeros(1)
+    weights[f"layers.{layer}.attention.wq.weight"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "x_16384.pth")
+    with pytest.raises(UserError, match="does not fit the model, missing: layers.0.*and .* more"):
+        load_vlm(tmp_path / "x_16384.pth", **parts)
 
 
 def test_a_prompt_beyond_max_seq_len_is_one_line(described):

@@ -6,18 +6,21 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import MissingFileError, UserError
+from common.flags import parse_flags
 from model import files
 from model.LMConfig import LMConfig
 from model.model_lm import MiniMindLM
 from model.weights import read_weights, save_weights
 from tests.helpers import ROOT, TOKENIZER, small_model
-from trainer.build import choose_sizes, describe_sizes
+from trainer.build import build_model, choose_sizes, describe_sizes
 from trainer.config import TrainConfig
 from trainer.paths import find_init_weights
+from trainer.runtime import start_runtime
 
 ROOMS = ("common", "model", "dataset", "inference", "trainer")
 SCRIPTS = ("train_pretrain_vlm.py", "eval_vlm.py")
@@ -115,6 +118,43 @@ def test_sizes_of_published_weights_are_read_off_the_tensors(tmp_path):
     sizes = choose_sizes(TrainConfig(), path)
     assert sizes == {"dim": 64, "n_layers": 2, "hidden_dim": 100}
     assert read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--dim 16384 --n_layers 256",
+            "the weights take .* GB and this machine has .* GB of memory",
+        ),
+        ("--dim 130", "dim 130 does not split into 4 heads of an even size"),
+        ("--dim 0", "--dim is 0: it has to be from 2 to 16,384"),
+        ("--dim 1000000000", "--dim is 1000000000: it has to be from 2 to 16,384"),
+        ("--n_layers 1000000000", "--n_layers is 1000000000: it has to be from 1 to 256"),
+    ],
+)
+def test_sizes_that_cannot_be_cost_one_line_and_no_memory(tmp_path, vision_dir, flags, message):
+    fixed = ["--init_weights", "none", "--device", "cpu", "--out_dir", str(tmp_path)]
+    parts = ["--tokenizer", str(TOKENIZER), "--vision_model", str(vision_dir), "--dtype", "float32"]
+    with pytest.raises(UserError, match=message):
+        config = parse_flags(TrainConfig(), "-", [*fixed, *parts, *flags.split()])
+        build_model(config, start_runtime(config))
+
+
+def test_a_disk_without_room_for_one_save_is_told_before_training(
+    tmp_path, vision_dir, monkeypatch
+):
+    config = TrainConfig(
+        tokenizer=str(TOKENIZER),
+        vision_model=str(vision_dir),
+        device="cpu",
+        dtype="float32",
+        dim=64,
+        out_dir=str(tmp_path),
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match=r"a save takes .* GB or more and .* has 0.00 GB left"):
+        build_model(config, start_runtime(config))
 
 
 def test_weights_of_another_size_are_named(tmp_path):
