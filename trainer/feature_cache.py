@@ -158,7 +158,7 @@ def name_cache(vision_encoder: nn.Module, image_processor, format: FeatureFormat
 
     def contents() -> Iterator[bytes]:
         for name, weight in sorted(vision_encoder.state_dict().items()):
-            yield name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            yield name.encode() + weight.cpu().flatten().view(torch.uint8).numpy().tobytes()
         yield json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode()
 
     return f"{hash_bytes(contents(), size=8).hex()}-{format.name}"

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from model.weights import read_weights
 from scripts.processes import as_flags
 from tests.helpers import (
+    SHARED,
     WarmScript,
     free_port,
+    needs_shared,
     read_log,
     run_cold,
     run_script,
@@ -312,3 +314,22 @@ def test_two_nodes_survive_the_death_of_a_rank(command, tmp_path):
     run_script(*command(epochs=8, out_dir=tmp_path / "one"))
     expected = [line["loss"] for line in read_log(tmp_path / "one", "train")]
     assert [line["loss"] for line in lines] == pytest.approx(expected, abs=2e-4)
+
+
+@needs_shared
+def test_data_that_changed_before_a_resume_is_refused(options, tmp_path):
+    """../shared/trouble/20: rows that were added, and the old ones again."""
+    trouble = SHARED / "trouble"
+    changes = dict(images_path=trouble / "18/set", out_dir=tmp_path, batch_size=2, resume="auto")
+
+    def run(data, max_steps):
+        values = options | changes | dict(data_path=trouble / "20" / data, max_steps=max_steps)
+        return run_script("train_sft_vlm.py", *as_flags(**values))
+
+    first = run("a.jsonl", 2)
+    assert first.returncode == 0, first.stdout
+    more = run("a_more.jsonl", 4)
+    assert more.returncode == 2
+    assert re.search(r"a run with rows 6, checksum \w+, now it is 8, checksum", more.stdout)
+    same = run("a.jsonl", 3)
+    assert same.returncode == 0 and "step-00000002.pth, 2 steps" in same.stdout

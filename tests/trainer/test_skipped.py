@@ -9,7 +9,9 @@ import torch
 from common.errors import UserError
 from scripts.processes import as_flags
 from tests.helpers import (
+    SHARED,
     free_port,
+    needs_shared,
     read_log,
     rows_with_damaged_pictures,
     run_cold,
@@ -111,3 +113,22 @@ def test_a_validation_without_a_row_is_no_loss_of_zero(options, bad_rows, tmp_pa
     last = finished.stdout.splitlines()[-1]
     assert finished.returncode == 2
     assert last == "error: no row of the validation set could be used (21 image damaged)"
+
+
+@needs_shared
+def test_shared_sets_of_bad_pictures(options, tmp_path):
+    """../shared/trouble/18, where the reasons are of several kinds."""
+
+    def run(rows: str):
+        folder = SHARED / "trouble/18"
+        changes = dict(data_path=folder / f"{rows}.jsonl", images_path=folder / "set")
+        return run_script("train_sft_vlm.py", *as_flags(**options, **changes, out_dir=tmp_path))
+
+    options = {n: value for n, value in options.items() if n not in ("data_path", "images_path")}
+    assert run("mostly_bad").returncode == 0
+    (end,) = read_log(tmp_path, "end")
+    assert sum(end["skipped"].values()) == 42
+    finished = run("all_bad")
+    assert finished.returncode == 2
+    last = finished.stdout.splitlines()[-1]
+    assert last.startswith("error: no row of all 4 steps could be used (32 "), last
