@@ -30,10 +30,12 @@ def write_report(settings: Settings, folder: Path, decision: Decision, written: 
     train, val, rejected = (written.counts[part] for part in PARTS)
     if not train + val + rejected == n_read or rejected != written.reasons.total():
         raise ValueError(f"{n_read} rows were read but {written.counts} written: please report it")
+    is_staying = decision.part != REJECTED
     pictures = {
         "different": len(found.pictures),
         "unusable": int((found.pictures["reason"] > 0).sum()),
         "copies_of_another": int((decision.repeats >= 0).sum()),
+        "rows_of_text_only": int((is_staying & (found.rows["n_images"] == 0)).sum()),
     }
     summary = {
         "settings": settings.describe(),
@@ -45,7 +47,7 @@ def write_report(settings: Settings, folder: Path, decision: Decision, written: 
     write_text(folder / "report.json", json.dumps(summary, ensure_ascii=False, indent=1))
 
     # report.html
-    lengths = found.rows["length"][decision.part != REJECTED]
+    lengths = found.rows["length"][is_staying]
     sides = found.pictures["size"][found.pictures["reason"] == 0].min(axis=1, initial=2**31 - 1)
     parts = [
         f"<p>Of {n_read:,} rows <b>{train:,} stay</b> for training and {val:,} for validation. "

@@ -163,6 +163,11 @@ def print_summary(settings: Settings, summary: dict) -> None:
         width = max(map(len, summary[title]), default=0)
         lines = [f"  {name:{width}}{count:10,}" for name, count in summary[title].items()]
         print("\n".join([f"{title}:", *lines, ""] if lines else []), end="")
+    pictures = summary["pictures"]
+    print(
+        f"pictures: {pictures['different']:,} different ones, "
+        f"{pictures['rows_of_text_only']:,} rows are text only"
+    )
     print(f"report: {out / 'report.html'}")
     if rows["train"]:
         print(f"next: {next_command(settings, rows)}")

@@ -263,6 +263,7 @@ def show_checks(rows: Rows, checked: Checked) -> None:
         show("answers per row", list_counts(checked.n_answers))
         n_pictures = len(np.unique(np.array(checked.pictures, np.uint64)))
         show("distinct images", f"{n_pictures:,} of {sum(checked.n_images):,}")
+        show("text only", f"{checked.n_images.count(0):,} rows")
 
 
 def show_tokens(counts: TokenCounts, n_usable: int, tokenizer: str, max_seq_len: int) -> None:

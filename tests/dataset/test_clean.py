@@ -126,7 +126,7 @@ def test_every_row_is_kept_or_rejected_with_its_reason(raw, tmp_path, processor)
         for line in (tmp_path / f"clean/{part}.jsonl").read_text().splitlines()
     ]
     assert report["rows"] == {"read": 57, "train": 41, "val": 5, "rejected": 11} and len(kept) == 46
-    assert report["repairs"] == {"<image> added": 1} and "57 rows read = 41 for training" in printed
+    assert report["repairs"] == {"<image> put in front": 1} and "57 rows read = 41 for training" in printed
     page = (tmp_path / "clean/report.html").read_text()
     assert (
         "image is nearly a copy" in page
@@ -223,6 +223,42 @@ def test_a_zip_gives_the_same_as_a_folder(raw, tmp_path):
     for name in expected:
         # Reports and the details of rejects name the archive.
         assert found[name] == expected[name] or name.startswith("re"), name
+
+
+@pytest.mark.parametrize("kind", ["llava", "table", "folder"])
+def test_what_it_writes_it_reads(tmp_path, processor, kind):
+    """Also a name with a comma, which is written as a list; from any format."""
+    images, names = tmp_path / "images", ["red, green.jpg", "b.png", "sub/c.jpg"]
+    (images / "sub").mkdir(parents=True)
+    for number, name in enumerate(names):
+        picture(number, (160, 160)).save(images / name)
+        if kind == "folder":
+            (images / name).with_suffix(".txt").write_text(f"This is picture {number}.")
+    rows = [(name, f"This is picture {number}.") for number, name in enumerate(names)]
+    if kind == "llava":
+        lines = [
+            {"image": [name], "id": 7, "conversations": [{"from": "human", "value": "<image>?"},
+                                                         {"from": "gpt", "value": answer}]}
+            for name, answer in rows
+        ]  # fmt: skip
+        data = tmp_path / "rows.json"
+        data.write_text(json.dumps(lines))
+    elif kind == "table":
+        data = tmp_path / "rows.csv"
+        lines = [f'"{name}",{answer}' for name, answer in rows]
+        data.write_text("\n".join(["image,caption", *lines]))
+    else:
+        data, images = images, None
+    out = tmp_path / "clean"
+    images = images and str(images)
+    run.clean(Settings(str(data), str(out), images, val_share=0.0, processes=1))
+    cleaned = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    shown = {json.dumps(row["image"]) for row in cleaned}
+    assert shown == {'["red, green.jpg"]', '"b.png.jpg"', '"sub/c.jpg"'}
+    assert all(row.get("id") == 7 for row in cleaned) == (kind == "llava")
+    read = open_data([str(out / "train.jsonl")], [str(out / "images")], processor, 200)
+    assert len(read) == 3 and not read.skipped and not read.repaired and read.n_pictures == 3
+    assert all(len(read[number]["pixel_values"]) == 1 for number in range(3))
 
 
 def test_no_process_outlives_a_killed_cleaning(raw, tmp_path):
