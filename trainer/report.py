@@ -60,7 +60,8 @@ def describe_run(
     epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
     runtime.print(
         f"trainable: {sum(parameter.numel() for parameter in trainable):,} parameters\n"
-        f"data: {len(train_data):,} rows{source}\n"
+        f"data: {len(train_data):,} rows{source}, {train_data.text_only:,} of them text only\n"
+        f"format: {', '.join(train_data.formats)}\n"
         f"steps: {total_steps:,} of {sampler.step_size} samples ({sampler.batch_size} x "
         f"{sampler.accumulation_steps} accumulation x {runtime.world_size} devices), {epochs}"
     )
