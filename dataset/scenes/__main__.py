@@ -4,41 +4,45 @@ python -m dataset.scenes out/demo/data
 python -m dataset.scenes out/ja --languages ja --sft_rows 1000
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from common.errors import run_command
-from common.flags import program_name
+from common.flags import MOST_SEED, check_options, option, parse_flags
 from dataset.scenes.text import ALL_LANGUAGES, LANGUAGES
 from dataset.scenes.write import FILES, N_ROWS, write_scene_set
 
 
+def rows_option(part: str) -> int:
+    """How many rows a part of the set has."""
+    help = f"rows of {FILES[part][0]}; 0 leaves it out"
+    return option(N_ROWS[part], help, least=0, most=10_000_000)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `python -m dataset.scenes`."""
+
+    folder: str = option("", "folder that the set is written to", positional=True)
+    seed: int = option(1337, "seed of every scene and question", least=0, most=MOST_SEED)
+    languages: list[Literal[ALL_LANGUAGES]] = option(list(LANGUAGES), "of questions and answers")
+    pretrain_rows: int = rows_option("pretrain")
+    sft_rows: int = rows_option("sft")
+    multi_rows: int = rows_option("multi")
+    val_rows: int = rows_option("val")
+    eval_rows: int = rows_option("eval")
+    eval_multi_rows: int = rows_option("eval_multi")
+
+    def __post_init__(self):
+        check_options(self)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="folder that the set is written to")
-    parser.add_argument(
-        "--seed", type=int, default=1337, help="seed of every scene and question (default: 1337)"
-    )
-    parser.add_argument(
-        "--languages",
-        nargs="+",
-        choices=ALL_LANGUAGES,
-        default=LANGUAGES,
-        help=f"of questions and answers (default: {' '.join(LANGUAGES)}, as `make demo` uses)",
-    )
-    for part, default in N_ROWS.items():
-        parser.add_argument(
-            f"--{part}_rows",
-            type=int,
-            default=default,
-            help=f"rows of {FILES[part][0]}; 0 leaves it out (default: {default})",
-        )
-    args = parser.parse_args()
-    n_rows = {part: getattr(args, f"{part}_rows") for part in N_ROWS}
+    settings = parse_flags(Settings(), __doc__)
+    n_rows = {part: getattr(settings, f"{part}_rows") for part in N_ROWS}
     n_rows = {part: n for part, n in n_rows.items() if n}
-    write_scene_set(args.folder, n_rows, args.seed, args.languages)
+    write_scene_set(Path(settings.folder), n_rows, settings.seed, settings.languages)
 
 
 if __name__ == "__main__":

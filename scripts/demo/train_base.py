@@ -10,10 +10,10 @@ end. Only training combinations occur. Run scripts.demo.train_tokenizer first. S
 machine and number of threads give the same file again.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from common.errors import run_command
 from common.files import write_text
+from common.flags import MOST_SEED, check_options, option, parse_flags
 from dataset.scenes.scene import GRID, Scene
 from dataset.scenes.text import LANGUAGES, QUESTION_TYPES, describe_thing
 from dataset.scenes.write import dialogue_row, eval_row, text_row
@@ -188,31 +190,30 @@ def save(model: MiniMindLM, path: Path, step: int) -> None:
     save_atomically({name: weight.half() for name, weight in model.state_dict().items()}, path)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    path = Path(f"model/demo/lm_{DIM}.pth")
-    add("--out_file", type=Path, default=path, help=f"where the weights go (default: {path})")
-    add("--batch_size", type=int, default=16, help="dialogues in a step (default: 16)")
-    add(
-        "--learning_rate",
-        type=float,
-        default=2e-3,
-        help="highest, of AdamW; Muon's is 1.5 times that (default: 0.002)",
+@dataclass(frozen=True)
+class Settings:
+    """Options of `python -m scripts.demo.train_base`."""
+
+    out_file: str = option(f"model/demo/lm_{DIM}.pth", "where the weights go")
+    batch_size: int = option(16, "dialogues in a step", least=1, most=4096)
+    learning_rate: float = option(
+        2e-3, "highest, of AdamW; Muon's is 1.5 times that", least=0, most=1000
     )
-    add("--max_steps", type=int, help="stop after this many steps; after all if not given")
-    add("--seed", type=int, default=7, help="of the rows and the random weights (default: 7)")
-    add(
-        "--eval_rows",
-        type=int,
-        default=320,
-        help="held-out questions asked every 500 steps (default: 320)",
+    max_steps: int | None = option(
+        None, "stop after this many steps; after all if not given", least=1, most=1_000_000_000
     )
-    return parser.parse_args()
+    seed: int = option(7, "of the rows and the random weights", least=0, most=MOST_SEED)
+    eval_rows: int = option(
+        320, "held-out questions asked every 500 steps", least=1, most=1_000_000
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_flags(Settings(), __doc__)
+    path = Path(args.out_file)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = load_tokenizer(TOKENIZER)
@@ -259,9 +260,9 @@ def main() -> None:
         if (step + 1) % 500 == 0 or step + 1 == total_steps:
             accuracy = describe_accuracy(model, reader, args.eval_rows)
             progress.write(f"step {step + 1}: loss {mean_loss:.3f}; {accuracy}")
-            save(model, args.out_file, step + 1)
-    print(f"{args.out_file}: {args.out_file.stat().st_size / 1e6:.1f} MB")
+            save(model, path, step + 1)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

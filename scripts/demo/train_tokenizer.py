@@ -7,14 +7,15 @@ cannot cross a slot. So "红色圆形" is always 红色 + 圆形, and every attr
 combination, in those that are held out too.
 """
 
-import argparse
 import re
 import string
-from pathlib import Path
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import run_command
+from common.flags import check_options, option, parse_flags
 from dataset.scenes.text import TEMPLATES, WORDS
 
 SYSTEM = "MiniMind-V"
@@ -40,16 +41,19 @@ def list_pieces() -> list[str]:
     return pieces + [f" {piece}" for piece in pieces if piece.isascii() and piece[0] != " "]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Options of `python -m scripts.demo.train_tokenizer`."""
+
+    out_dir: str = option("model/demo/tokenizer", "where it is written")
+    vocab_size: int = option(800, "most tokens it may have", least=259, most=1_000_000)
+
+    def __post_init__(self):
+        check_options(self)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    folder = Path("model/demo/tokenizer")
-    parser.add_argument(
-        "--out_dir", type=Path, default=folder, help=f"where it is written (default: {folder})"
-    )
-    parser.add_argument(
-        "--vocab_size", type=int, default=800, help="most tokens it may have (default: 800)"
-    )
-    args = parser.parse_args()
+    args = parse_flags(Settings(), __doc__)
 
     # train
     tokenizer = Tokenizer(models.BPE())
@@ -79,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

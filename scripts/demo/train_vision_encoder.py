@@ -11,8 +11,8 @@ Only training combinations are drawn (dataset/scenes/scene.py), so the held-out 
 Seeded: the same machine and number of threads give the same file again.
 """
 
-import argparse
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,12 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from common.errors import run_command
+from common.flags import MOST_SEED, check_options, option, parse_flags
 from dataset.scenes import scene as scenes
 from dataset.scenes.scene import CELLS, COLORS, GRID, PATCH_SIZE, RADII, SHAPES
-from model.vision import normalize_pixels
+from model.tensor_files import write_digest
+from model.vision import load_vision_encoder, normalize_pixels
 
 N_PATCHES = GRID * GRID
 # What is asked of a patch, and the number of answers; answer 0 of each means "no thing here".
@@ -238,34 +241,34 @@ def encode(
     return vision_encoder(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    folder = Path("model/demo/vision_model")
-    add("--out_dir", type=Path, default=folder, help=f"where it is written (default: {folder})")
-    add("--start", type=Path, help="vision encoder that has had the first lesson; skips it")
-    add("--steps", type=int, default=2600, help="optimizer steps of lesson 1 (default: 2600)")
-    add("--plain_steps", type=int, default=800, help="those of lesson 2 (default: 800)")
-    add("--batch_size", type=int, default=64, help="scenes in a step (default: 64)")
-    add(
-        "--learning_rate",
-        type=float,
-        default=1e-3,
-        help="highest of lesson 1, between warm-up and cosine; half of it in lesson 2 "
-        "(default: 0.001)",
+@dataclass(frozen=True)
+class Settings:
+    """Options of `python -m scripts.demo.train_vision_encoder`."""
+
+    out_dir: str = option("model/demo/vision_model", "where it is written")
+    start: str | None = option(
+        None, "vision encoder that has had the first lesson; skips it if given"
     )
-    add("--seed", type=int, default=1337, help="of random weights and scenes (default: 1337)")
-    add(
-        "--eval_scenes",
-        type=int,
-        default=400,
-        help="held-out scenes it is measured on now and then (default: 400)",
+    steps: int = option(2600, "optimizer steps of lesson 1", least=1, most=1_000_000_000)
+    plain_steps: int = option(800, "those of lesson 2", least=1, most=1_000_000_000)
+    batch_size: int = option(64, "scenes in a step", least=1, most=4096)
+    learning_rate: float = option(
+        1e-3,
+        "highest of lesson 1, between warm-up and cosine; half of it in lesson 2",
+        least=0,
+        most=1000,
     )
-    return parser.parse_args()
+    seed: int = option(1337, "of random weights and scenes", least=0, most=MOST_SEED)
+    eval_scenes: int = option(
+        400, "held-out scenes it is measured on now and then", least=1, most=1_000_000
+    )
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def teach_answers(
-    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: argparse.Namespace
+    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: Settings
 ) -> None:
     """Lesson 1: each patch knows what it shows, as far as a linear read-out can tell."""
     model = TaughtEncoder(vision_encoder)
@@ -298,7 +301,7 @@ def teach_answers(
 
 
 def teach_plain_words(
-    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: argparse.Namespace
+    vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, args: Settings
 ) -> None:
     """Lesson 2: its features are a sum of directions, one for each answer."""
     directions, background = find_directions(vision_encoder, processor, args.batch_size)
@@ -342,7 +345,7 @@ def teach_plain_words(
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_flags(Settings(), __doc__)
     torch.manual_seed(args.seed)
     processor = CLIPImageProcessorPil()
 
@@ -361,15 +364,21 @@ def main() -> None:
             positions = 0.3 * sincos_positions(config.hidden_size)
             vision_encoder.embeddings.position_embedding.weight.copy_(positions)
         teach_answers(vision_encoder, processor, args)
-        vision_encoder.half().save_pretrained(args.out_dir)
+        save(vision_encoder, processor, Path(args.out_dir))
 
     # lesson 2, which starts from that file
-    vision_encoder = CLIPVisionModel.from_pretrained(args.start or args.out_dir).float()
+    vision_encoder = load_vision_encoder(args.start or args.out_dir)[0].requires_grad_(True)
     teach_plain_words(vision_encoder.train(), processor, args)
     shrink_features(vision_encoder.half().float(), processor, args.batch_size)
-    vision_encoder.half().save_pretrained(args.out_dir)
-    processor.save_pretrained(args.out_dir)
+    save(vision_encoder, processor, Path(args.out_dir))
+
+
+def save(vision_encoder: CLIPVisionModel, processor: CLIPImageProcessorPil, folder: Path) -> None:
+    """In half precision, with the digest that tells whether a bit of it has changed."""
+    vision_encoder.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_digest(folder / "model.safetensors")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

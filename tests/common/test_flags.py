@@ -1,6 +1,7 @@
 """Flags made from a dataclass: read, checked, listed."""
 
 import dataclasses
+import importlib
 import math
 import re
 import runpy
@@ -20,10 +21,7 @@ from common.flags import (
     option,
     parse_flags,
 )
-from dataset.clean import settings as clean
-from dataset.preview import settings as preview
 from inference.config import EvalConfig
-from scripts.docs import __main__ as docs
 from tests.helpers import ROOT
 from trainer.config import TrainConfig
 
@@ -193,9 +191,21 @@ def test_every_number_is_accepted_or_refused_in_one_line(script, name, text):
         assert math.isfinite(getattr(options, name)) and text not in ("-1", "nan", "inf", "text")
 
 
-@pytest.mark.parametrize(
-    "options", [*SCRIPTS.values(), clean.Settings(), preview.Settings(), docs.Settings()]
-)
+OTHERS = [
+    importlib.import_module(name).Settings()
+    for name in (
+        "dataset.clean.settings",
+        "dataset.preview.settings",
+        "dataset.scenes.__main__",
+        "scripts.docs.__main__",
+        "scripts.demo.train_base",
+        "scripts.demo.train_tokenizer",
+        "scripts.demo.train_vision_encoder",
+    )
+]
+
+
+@pytest.mark.parametrize("options", [*SCRIPTS.values(), *OTHERS])
 def test_every_number_has_bounds(options):
     for field in numeric_fields(options):
         least, most = field.metadata["least"], field.metadata["most"]
