@@ -88,7 +88,9 @@ class PublishedFlag(NamedTuple):
 
 # Of the training scripts, eval_vlm.py and web_demo_vlm.py alike.
 NO_MOE = PublishedFlag(
-    ("--use_moe",), "leave it out, there is no mixture of experts here", sets={"False": {}, "0": {}}
+    ("--use_moe",),
+    "leave it out, there is no mixture of experts here; False is accepted, True is refused",
+    sets={"False": {}, "false": {}, "0": {}},
 )
 
 

@@ -4,7 +4,6 @@ A .pth is a zip archive, whose entries have checksums; a .safetensors file may h
 beside it.
 """
 
-import hashlib
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from common.digest import check_digest
 from common.errors import UserError
-from common.files import atomic_write, write_text
+from common.files import atomic_write
 
 CHUNK = 2**20  # bytes that are read at a time
 MAX_REPEATED = 2**30  # bytes of a tensor that stores fewer numbers than it has
@@ -80,37 +80,6 @@ def check_archive(path: Path) -> None:
                 with archive.open(entry) as stream:
                     while stream.read(CHUNK):
                         pass
-
-
-def check_digest(path: Path) -> None:
-    """UserError unless a file is the one that PATH.sha256 beside it, if any, was made of.
-
-    A .safetensors file has no checksum of its own.
-    """
-    beside = digest_path(path)
-    if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [hash_file(path)]:
-        raise UserError(
-            f"{path} is not the file that {beside.name} was made of: fetch it again; if you have "
-            f"replaced it, remove {beside.name}"
-        )
-
-
-def write_digest(path: Path) -> None:
-    """Write PATH.sha256, as `sha256sum` does."""
-    write_text(digest_path(path), f"{hash_file(path)}  {path.name}\n")
-
-
-def digest_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal: what hubs publish."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_numbers(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:

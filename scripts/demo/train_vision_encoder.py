@@ -24,11 +24,11 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from common.digest import write_digest
 from common.errors import run_command
 from common.flags import MOST_SEED, check_options, option, parse_flags
 from dataset.scenes import scene as scenes
 from dataset.scenes.scene import CELLS, COLORS, GRID, PATCH_SIZE, RADII, SHAPES
-from model.tensor_files import write_digest
 from model.vision import load_vision_encoder, normalize_pixels
 
 N_PATCHES = GRID * GRID

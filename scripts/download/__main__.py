@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from common.digest import write_digest
 from common.errors import MissingFileError, UserError, run_command
 from common.flags import program_name
 from model.files import ROOT
@@ -41,6 +42,9 @@ def main() -> None:
         for fetch in fetches:
             make_folder(fetch.folder)
             hub.fetch(fetch.repo, fetch.kind, fetch.file, fetch.folder)
+            # A .pth has checksums of its own.
+            if fetch.file.name.endswith(".safetensors"):
+                write_digest(fetch.folder / fetch.file.name)
     check_items(names, args.root, lists_all=args.check and not args.what)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.digest import write_digest
 from common.errors import UserError
 from model import chat_template
 from model.llava import load_transformers_directory, to_llava
 from model.processing import load_tokenizer
-from model.tensor_files import write_digest
 from model.vision import load_vision_encoder
 from tests.helpers import ROOT, TOKENIZER, small_image_processor, small_model
 

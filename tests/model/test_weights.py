@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.serialization import set_crc32_options
 
+from common.digest import write_digest
 from common.errors import MissingFileError, UserError
 from model.files import info_path, read_info
 from model.LMConfig import LMConfig, VLMConfig
 from model.model_lm import MiniMindLM
 from model.model_vlm import MiniMindVLM
-from model.tensor_files import write_digest
 from model.weights import load_weights, read_weights, save_atomically, save_weights, select_weights
 from tests.helpers import small_model
 

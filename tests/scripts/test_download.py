@@ -73,8 +73,8 @@ def test_each_thing_goes_to_its_place(source, hub, download, tmp_path):
     printed, root = finished.stdout, tmp_path / "root"
     assert finished.returncode == 0, printed
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    clip = ("config.json", "preprocessor_config.json", "model.safetensors")
-    expected = {f"{CLIP_FOLDER}/{name}" for name in clip}
+    clip = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    expected = {f"{CLIP_FOLDER}/{name}" for name in (*clip, "model.safetensors.sha256")}
     expected |= {f"model/minimind_tokenizer/{n}" for n in tokenizer_files()}
     expected |= {"out/lm_512.pth", "dataset/pretrain_vlm_data.jsonl", "dataset/pretrain_images.zip"}
     assert files == expected
