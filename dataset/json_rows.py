@@ -126,9 +126,9 @@ def parse_value(value: Value) -> dict:
 
 def parse_object(text: bytes) -> dict:
     """The object that a text holds; BadSampleError where it holds something else."""
-    # Some editors put three bytes before the first line ("-sig") that are no part of it.
+    # Some editors put a mark before the first line that is no part of it.
     try:
-        record = json.loads(text.decode("utf-8-sig"))
+        record = json.loads(text.removeprefix(BYTE_ORDER_MARK).decode())
     except (ValueError, RecursionError) as error:
         raise BadSampleError(NO_OBJECT, str(error)) from error
     if not isinstance(record, dict):

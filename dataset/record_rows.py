@@ -52,11 +52,11 @@ class RecordRows(ABC):
 
     @cached_property
     def format(self) -> str:
-        """What its first row looks like: "LLaVA", "captions in a table", ..."""
+        """What its first row looks like: "LLaVA", "captions (a table)", ..."""
         records = (record for _, _, record in islice(self.read_records(), LOOKED_AT))
         names = (name_format(record) for record in records if isinstance(record, dict))
         name = next((name for name in names if name != "unknown"), "unknown")
-        return f"{name}, {self.container}" if self.container else name
+        return f"{name} ({self.container})" if self.container else name
 
     def scan(self) -> Iterator[tuple[int, int, Row | BadSampleError]]:
         """(key, bytes, row) of every row; why where it cannot be read."""

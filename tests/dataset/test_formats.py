@@ -45,13 +45,13 @@ def count_rows(path, images) -> tuple[str, Counter]:
 # File, its format, and what becomes of its rows.
 READ = [
     ("03/ok.jsonl", "MiniMind-V", {"usable": 6}),
-    ("03/array.json", "MiniMind-V, one JSON array", {"usable": 6}),
-    ("03/array_indent.json", "MiniMind-V, one JSON array", {"usable": 6}),
-    ("03/commas.jsonl", "MiniMind-V, one JSON array", {"usable": 6}),
-    ("03/pretty.jsonl", "MiniMind-V, indented JSON", {"usable": 6}),
-    ("03/wrapped.json", "MiniMind-V, a list in a JSON object", {"usable": 6}),
+    ("03/array.json", "MiniMind-V (one JSON array)", {"usable": 6}),
+    ("03/array_indent.json", "MiniMind-V (one JSON array)", {"usable": 6}),
+    ("03/commas.jsonl", "MiniMind-V (one JSON array)", {"usable": 6}),
+    ("03/pretty.jsonl", "MiniMind-V (indented JSON)", {"usable": 6}),
+    ("03/wrapped.json", "MiniMind-V (a list in a JSON object)", {"usable": 6}),
     ("03/llava.jsonl", "LLaVA", {"usable": 6}),
-    ("03/llava_array.json", "LLaVA, one JSON array", {"usable": 6}),
+    ("03/llava_array.json", "LLaVA (one JSON array)", {"usable": 6}),
     *[
         (f"04/{name}.jsonl", "MiniMind-V", {"usable": 6})
         for name in ("bom", "bom_crlf", "crlf", "nan", "two_boms", "u2028")
@@ -321,7 +321,7 @@ def test_objects_behind_a_damaged_one(tmp_path):
     text = json.dumps(rows, indent=1).replace('"A1"', "A1")
     (tmp_path / "rows.json").write_text(text)
     found = count_rows(tmp_path / "rows.json", None)
-    assert found == ("MiniMind-V, one JSON array", {"usable": 3, "not a JSON object": 1})
+    assert found == ("MiniMind-V (one JSON array)", {"usable": 3, "not a JSON object": 1})
     # a download that was cut off
     (tmp_path / "cut.json").write_text(json.dumps(rows)[:-30])
     assert count_rows(tmp_path / "cut.json", None)[1] == {"usable": 3, "not a JSON object": 1}
@@ -356,7 +356,7 @@ def test_tables(photos, name, text, expected):
     format_, found = count_rows(path, photos)
     found.pop("wrong number of fields", None)
     found.pop("<image> put in front", None)
-    assert format_.endswith(", a table") and found == expected
+    assert format_.endswith(" (a table)") and found == expected
 
 
 def test_a_table_without_names_of_columns(tmp_path):
@@ -372,7 +372,7 @@ def test_a_table_of_captions_is_a_set(photos, processor):
     path = photos.parent / "captions.csv"
     path.write_text("image,caption\n0.jpg,A cat\n1.jpg,A dog\n0.jpg,A red cat\n", "utf-8")
     data = open_data([str(path)], [str(photos)], processor, 200)
-    assert len(data) == 3 and data.formats == ["captions, a table"] and data.n_pictures == 2
+    assert len(data) == 3 and data.formats == ["captions (a table)"] and data.n_pictures == 2
     assert pickle.loads(pickle.dumps(data.rows)).read(int(data.keys[1])) == data.read(1)[0]
     assert len(data[2]["pixel_values"]) == 1
 

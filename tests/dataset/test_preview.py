@@ -247,7 +247,7 @@ def test_rows_of_a_parquet_file(tmp_path, monkeypatch, capsys):
         and "usable           2  (33.3%)" in printed
         and "each row 2 times an epoch" in printed
     )
-    assert "format           MiniMind-V, Parquet" in printed
+    assert "format           MiniMind-V (Parquet)" in printed
     for place in ("row 2 ", "row 3 ", "row 5 ", "row 6 "):
         assert place in printed
     assert (tmp_path / "preview_rows.html").is_file()
