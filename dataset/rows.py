@@ -44,7 +44,8 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
 
     Args:
         data_path: a file of JSON, a table, Parquet or a .tar, or a folder, see `find_data_files`.
-        images_path: folder or .zip of the pictures that its rows name; None if there is none.
+        images_path: folder or .zip of the pictures that its rows name; None if there is none. A
+            metadata.csv or .jsonl names those of its own folder.
 
     MissingFileError where there is no such file, UserError where it cannot be read.
     """
@@ -55,7 +56,8 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
     path = paths[0]
     if path.is_dir():
         return FolderRows(path)
-    if images_path is None and path.stem == METADATA:
+    if path.stem == METADATA:
+        # Its names are those of its own folder, whatever folder the published set has.
         images_path = path.parent
     images = open_images(images_path)
 
