@@ -117,12 +117,12 @@ def convert(record: dict) -> Row:
 
     # text and pictures, wherever they are
     text = _read_text(record)
-    key = find_image_key({name: record[name] for name in record if name not in text.keys})
+    rest = {name: value for name, value in record.items() if name not in text.keys}
+    key = find_image_key(rest, is_shown=_has_tag(text.turns))
     images = [] if key is None else read_images(record[key], key)
     if text.images:
         images = _fill_in(text.images, images)
-    used = (*text.keys, key)
-    other = {name: value for name, value in record.items() if name not in used}
+    other = {name: value for name, value in rest.items() if name != key}
 
     # as many tags as pictures, as far as the format leaves no doubt
     turns, repairs = _match_tags(text.turns, images, record), ()
@@ -158,6 +158,12 @@ def name_format(record: dict) -> str:
         return _read_text(record).format
     except BadSampleError:
         return "unknown"
+
+
+def _has_tag(turns: list[dict]) -> bool:
+    """Whether the user's turns have a tag for a picture, of this set or another one."""
+    texts = [turns[index]["content"] for index in _user_turns(turns)]
+    return any(IMAGE_TAG in text or OTHER_TAG.search(text) for text in texts)
 
 
 def count_tags(turns: list[dict]) -> int:

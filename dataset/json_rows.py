@@ -10,7 +10,7 @@ import numpy as np
 from common.errors import BadSampleError, UserError
 from dataset.formats import CHAT_KEYS, name_format
 from dataset.images import ImageFolder, ImageZip
-from dataset.json_objects import Value, find_list, read_values
+from dataset.json_objects import CHUNK, Value, find_list, read_values
 from dataset.record_rows import RecordRows, byte_bar
 
 NO_OBJECT = "not a JSON object"
@@ -169,17 +169,22 @@ def open_json(
     offset = find_list(head, is_row)
     if offset is not None:
         return JsonObjectsRows(path, images, offset, "a list in a JSON object")
-    # objects that are indented
+    # objects that are indented; a line may be longer than the head
     with open(path, "rb") as file:
         value = next(read_values(file, start))
-    if value.problem:
+        file.seek(start + len(value.text))
+        is_alone = not file.read(CHUNK).strip()
+    try:
+        record = parse_value(value)
+    except BadSampleError:
         return lines
-    record = parse_object(value.text)
-    if name_format(record) == "unknown" and start + len(value.text) == len(head.rstrip()):
+    if is_alone and name_format(record) == "unknown":
         keys = ", ".join(record)
         raise UserError(
             f"{path} is one JSON object with the keys {keys:.80}, not rows: write one object a line"
         )
+    if b"\n" not in value.text:
+        return lines
     return JsonObjectsRows(path, images, start, "indented JSON")
 
 

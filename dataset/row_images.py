@@ -19,6 +19,8 @@ IMAGE_KEYS = (
     *("imagebase64", "imageb64", "base64", "b64", "imagedata"),
     *("imageurl", "imageurls", "imgurl", "url", "urls"),
 )
+# They may as well be about something else: a row of text has the URL of its page.
+UNSURE_KEYS = {"url", "urls", "path", "filepath", "file"}
 _RANK = {key: rank for rank, key in enumerate(IMAGE_KEYS)}
 # Keys of a picture that is an object, in the order in which they are tried.
 INNER_KEYS = (
@@ -40,15 +42,22 @@ def simplify_key(key: str) -> str:
     return "".join(filter(str.isalnum, key)).casefold()
 
 
-def find_image_key(record: dict) -> str | None:
+def find_image_key(record: dict, is_shown: bool = True) -> str | None:
     """The key of a record that holds its pictures; None where none has a value.
 
     A key of another name is taken if it alone holds the name of a picture file.
+
+    Args:
+        record: what is not the row's text.
+        is_shown: whether this says that there is a picture, by `<image>` or as a caption does.
     """
     # the key of nearly all rows first
     if record.get("image"):
         return "image"
     known = [key for key, value in record.items() if simplify_key(key) in _RANK and value]
+    if not is_shown:
+        named = set(find_named_keys(record))
+        known = [key for key in known if simplify_key(key) not in UNSURE_KEYS or key in named]
     if known:
         return min(known, key=lambda key: _RANK[simplify_key(key)])
     named = find_named_keys(record)

@@ -16,7 +16,7 @@ from dataset.language import UNSURE, detect_language
 from dataset.mixture import Source
 from dataset.preview.contact_sheet import Sample, split_pieces, write_sheet
 from dataset.preview.settings import Settings
-from dataset.rows import ParquetRows, Rows, open_rows
+from dataset.rows import ParquetRows, Rows, TarRows, open_rows
 from dataset.vlm_dataset import check_row
 from model.image import load_image
 from model.processing import VLMProcessor, count_labels
@@ -230,7 +230,7 @@ def make_samples(
 def show_source(source: Source, rows: Rows) -> None:
     """Print the name of a file, its images and its weight."""
     line = source.path
-    if not isinstance(rows, ParquetRows):
+    if not isinstance(rows, ParquetRows | TarRows):
         folder = rows.image_source
         is_there = not isinstance(folder, ImageFolder) or folder.path.is_dir()
         line += f"   images: {folder.path if folder else 'no --images given'}"

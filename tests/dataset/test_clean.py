@@ -126,7 +126,8 @@ def test_every_row_is_kept_or_rejected_with_its_reason(raw, tmp_path, processor)
         for line in (tmp_path / f"clean/{part}.jsonl").read_text().splitlines()
     ]
     assert report["rows"] == {"read": 57, "train": 41, "val": 5, "rejected": 11} and len(kept) == 46
-    assert report["repairs"] == {"<image> put in front": 1} and "57 rows read = 41 for training" in printed
+    assert report["repairs"] == {"<image> put in front": 1}
+    assert "57 rows read = 41 for training" in printed
     page = (tmp_path / "clean/report.html").read_text()
     assert (
         "image is nearly a copy" in page

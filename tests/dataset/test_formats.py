@@ -259,6 +259,27 @@ def test_tags_of_other_sets_are_read_where_there_is_a_picture():
     assert IMAGE_TAG == processing.IMAGE_TAG
 
 
+def test_a_row_of_text_may_have_a_url():
+    turns = [user("Who wrote this?"), assistant("A person.")]
+    for value in ("https://x.org/page", "data/part-3.jsonl"):
+        row = convert({"conversations": turns, "url": value, "path": value, "id": 3})
+        assert row.conversations == turns and not row.images and row.other["id"] == 3
+    with pytest.raises(BadSampleError, match="image is a URL"):
+        convert({"url": "https://x.org/1234", "caption": "A cat"})
+    with pytest.raises(BadSampleError, match="image is a URL"):
+        convert({"conversations": TURNS, "url": "https://x.org/1234"})
+
+
+def test_a_first_line_that_is_longer_than_what_is_looked_at(tmp_path):
+    rows = [{"image": "data:image/jpeg;base64," + "A" * 400_000, "conversations": TURNS}] * 2
+    write_rows(tmp_path / "lines.jsonl", rows)
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "indented.jsonl").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert count_rows(tmp_path / "lines.jsonl", None) == ("MiniMind-V", {"usable": 2})
+    assert count_rows(tmp_path / "list.json", None)[1] == {"usable": 2}
+    assert count_rows(tmp_path / "indented.jsonl", None)[1] == {"usable": 2}
+
+
 def test_names_with_commas_in_one_text():
     for text, names in {
         "a.jpg": ["a.jpg"], "a.jpg, b.jpg": ["a.jpg", "b.jpg"], "a,b": ["a", "b"],
@@ -269,9 +290,14 @@ def test_names_with_commas_in_one_text():
 
 
 keys = st.text(max_size=3) | st.sampled_from(
-    "conversations messages image images role content from value type text image_url url path bytes"
-    " query response question answer caption texts user assistant history system input instruction"
-    " prompt completion answers image_bytes".split()
+    [
+        *("conversations", "messages", "image", "images", "role"),
+        *("content", "from", "value", "type", "text"),
+        *("image_url", "url", "path", "bytes", "query"),
+        *("response", "question", "answer", "caption", "texts"),
+        *("user", "assistant", "history", "system", "input"),
+        *("instruction", "prompt", "completion", "answers", "image_bytes"),
+    ]
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(),
@@ -435,7 +461,7 @@ def test_shards_of_webdataset(tmp_path, processor):
     write_shard(
         tmp_path / "part-0.tar",
         {
-            "0000.jpg": encoded(0), "0000.txt": "A cat".encode(), "0000.cls": b"3",
+            "0000.jpg": encoded(0), "0000.txt": b"A cat", "0000.cls": b"3",
             "0001.json": texts.encode(), "0001.png": encoded(1),
             "0002.txt": b"no picture", f"{long}.jpg": encoded(2), f"{long}.txt": b"A long name",
             "0003.jpg": b"damaged", "0003.txt": b"A bird",
