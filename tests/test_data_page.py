@@ -1,4 +1,4 @@
-"""docs/data.md: what it says to write for each kind of data is fed to preview, cleaning, training."""
+"""docs/data.md: what it says to write for each kind of data previews, cleans and trains."""
 
 import re
 import shlex
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.processes import as_flags
 from tests.helpers import N_PATCHES, ROOT, TOKENIZER, picture, run_script
 
 PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## I have …")[2]
@@ -81,10 +82,19 @@ def test_what_the_page_says_previews_cleans_and_trains(script, flags, folder, vi
         )
 
     # training: two steps
-    parts = ["--tokenizer", str(TOKENIZER), "--vision_model", str(vision_dir)]
-    sizes = "--dim 64 --n_layers 2 --init_weights none --device cpu --num_workers 0".split()
-    steps = ["--epochs", "2", "--max_steps", "2", "--batch_size", "4", "--out_dir", str(tmp_path)]
-    trained = run_script(script, *inside, *parts, *sizes, *steps)
+    options = as_flags(
+        tokenizer=TOKENIZER,
+        vision_model=vision_dir,
+        dim=64,
+        n_layers=2,
+        init_weights="none",
+        device="cpu",
+        epochs=2,
+        max_steps=2,
+        batch_size=4,
+        out_dir=tmp_path,
+    )
+    trained = run_script(script, *inside, *options)
     assert trained.returncode == 0, trained.stdout
     if len(data) == 1:
         assert f"format: {FORMATS[words[1]]}" in trained.stdout, trained.stdout
