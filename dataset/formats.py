@@ -193,8 +193,8 @@ def _match_tags(turns: list[dict], images: list[str | bytes], record: dict) -> l
     users = _user_turns(turns)
     tags = [tag for index in users for tag in OTHER_TAG.findall(turns[index]["content"])]
     if not images:
-        # HTML is full of "<img>".
-        if any(not tag.lower().startswith("<img") for tag in tags):
+        # HTML has "<img>" and "<picture>", what people copy from pages "[Image]".
+        if any(tag.lower().startswith(("<|", "<image", "<start")) for tag in tags):
             raise BadSampleError("<image> but no image", _explain_keys(record))
         return turns
     if not tags:

@@ -33,10 +33,16 @@ PICTURE = np.dtype("<u8")
 
 
 class CheckedRow(NamedTuple):
-    """A row that can be used."""
+    """A row that can be used.
 
-    turns: list[tuple[str, str]]  # (role, content), as many `<image>` as pictures
-    pictures: list[int]  # what tells each from others, see `check_images`
+    Args:
+        turns: (role, content), as many `<image>` as pictures.
+        pictures: what tells each from others, see `check_images`.
+        repairs: what was done to it, in words that can be counted.
+    """
+
+    turns: list[tuple[str, str]]
+    pictures: list[int]
     repairs: tuple[str, ...]
 
 
@@ -122,15 +128,15 @@ class VLMDataset(Dataset):
         self.n_pictures, self.formats = len(self.pictures), [self.rows.format]
 
     def _open_cached(self, settings: dict) -> tuple[np.ndarray, np.ndarray, RowCounts] | None:
-        rows = open_cached(self.data_path, "rows", ROW, **settings)
-        pictures = open_cached(self.data_path, "pictures", PICTURE, **settings)
+        rows = open_cached(self.rows.path, "rows", ROW, **settings)
+        pictures = open_cached(self.rows.path, "pictures", PICTURE, **settings)
         return (rows[0], pictures[0], RowCounts(**rows[1])) if rows and pictures else None
 
     def _save_cached(
         self, usable: np.ndarray, pictures: np.ndarray, counts: RowCounts, settings: dict
     ) -> None:
-        save_cached(pictures, {}, self.data_path, "pictures", **settings)
-        save_cached(usable, vars(counts), self.data_path, "rows", **settings)
+        save_cached(pictures, {}, self.rows.path, "pictures", **settings)
+        save_cached(usable, vars(counts), self.rows.path, "rows", **settings)
 
     def _check_rows(self) -> tuple[np.ndarray, np.ndarray, RowCounts]:
         """(ROW[n] of the usable rows, PICTURE[m] sorted, counts). No picture is opened."""
