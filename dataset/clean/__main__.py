@@ -1,6 +1,7 @@
 """Clean a set: repair what can be repaired, leave out what cannot be used, account for every row.
 
 python -m dataset.clean raw.jsonl clean/ --images raw_images      # or raw_images.zip
+python -m dataset.clean captions.csv clean/ --images photos
 python -m dataset.clean raw.parquet clean/ --format parquet
 
 The folder gets train.jsonl, val.jsonl and images/ (or train-00000.parquet and so on), rejects with

@@ -1,7 +1,8 @@
 """Check rows before training on them: what can be used, lengths, languages, and how they look.
 
 python -m dataset.preview dataset/pretrain_vlm_data.jsonl --images dataset/pretrain_images
-python -m dataset.preview my.jsonl "part-*.parquet" --images my_images
+python -m dataset.preview my.jsonl "part-*.parquet" captions.csv --images my_images
+python -m dataset.preview photos_with_a_txt_each
 
 Every row is checked. Of a large file, pictures are opened, and tokens and languages counted, in
 random rows. A page with random rows goes to OUT_DIR/preview_NAME.html. Last comes the command that

@@ -254,7 +254,7 @@ def test_tags_of_other_sets_are_read_where_there_is_a_picture():
                 "<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>"):  # fmt: skip
         row = convert({"image": "a.jpg", "messages": [user(f"{tag} What?"), assistant(tag)]})
         assert row.conversations == [user("<image> What?"), assistant(tag)] and not row.repairs
-    for text in ("What is <img> in HTML?", "What is <picture>?", "Copied from a page: [Image] a cat"):
+    for text in ("What is <img> in HTML?", "What is <picture>?", "From a page: [Image] a cat"):
         turns = [user(text), assistant("A picture.")]
         assert convert({"conversations": turns}) == Row(turns, [], {})
     assert IMAGE_TAG == processing.IMAGE_TAG
