@@ -26,7 +26,6 @@ from dataset.block_file import BlockFile, BlockWriter, import_pyarrow
 from dataset.index_cache import cache_paths, choose_cache_path, stamp
 from dataset.parquet_file import first_line, read_records
 from dataset.row_images import IMAGE_KEYS, read_images, simplify_key
-from model.image import load_image
 
 KINDS = ("rows.arrow", "pictures.arrow")
 # Items of a block: texts shrink more with more of them, pictures do not, and may have 64 MB each.
@@ -228,6 +227,9 @@ def is_placeholder(content: bytes) -> bool:
     """Whether a picture stands for none: smaller than a patch, and of one color."""
     if len(content) > PLACEHOLDER_BYTES:
         return False
+    # Flags and files are checked before Pillow is imported.
+    from model.image import load_image
+
     try:
         image = load_image(io.BytesIO(content))
     except BadSampleError:
