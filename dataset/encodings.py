@@ -59,7 +59,8 @@ def guess_encoding(head: bytes) -> str | None:
     text = head.decode("utf-8", "replace")
     n_lost = text.count("\ufffd") - head.count("\ufffd".encode())
     n_letters = sum(not letter.isascii() for letter in text) - text.count("\ufffd")
-    if 2 * n_damaged <= len(lines) or n_lost <= n_letters:
+    # Bytes of another encoding may look like a letter of UTF-8, but not most of them.
+    if 2 * n_damaged <= len(lines) or 4 * n_lost <= n_letters:
         return None
     return next((name for name, codec in OTHERS.items() if fits(head, codec)), "another encoding")
 

@@ -1,6 +1,7 @@
 """Data as people have it: each format is read as it is, or the reason is said once."""
 
 import base64
+import csv
 import io
 import json
 import pickle
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import BadSampleError, MissingFileError, UserError
+from dataset.encodings import guess_encoding
 from dataset.formats import IMAGE_TAG, QUESTIONS, Row, convert, name_format
 from dataset.json_objects import read_values
 from dataset.mixture import find_sources, open_data
 from dataset.row_images import split_names
 from dataset.rows import open_rows
+from dataset.table_rows import read_fields
 from dataset.vlm_dataset import check_row
 from model import processing
 from tests.helpers import SHARED, assistant, needs_shared, picture, user, write_rows
@@ -384,6 +387,42 @@ def test_tables(photos, name, text, expected):
     found.pop("wrong number of fields", None)
     found.pop("<image> put in front", None)
     assert format_.endswith(" (a table)") and found == expected
+
+
+fields = st.text(
+    st.characters(exclude_characters="\0\r\ufeff", exclude_categories=("Cs",)), max_size=8
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(fields, min_size=2, max_size=3)),
+    st.sampled_from([",", "\t", ";"]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_any_row_of_a_table_is_read_from_its_place(rows, delimiter, line_end):
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator=line_end).writerows(rows)
+    file = io.BytesIO(text.getvalue().encode())
+    found = list(read_fields(file, 0, delimiter))
+    assert [one for _, _, one in found] == [row for row in rows if any(map(str.strip, row))]
+    for place in found:
+        assert next(read_fields(file, place[0], delimiter)) == place
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from("红色的狗在草地上奔跑，一只猫。"), min_size=4), st.integers(1, 6))
+def test_the_encoding_of_a_text_is_guessed(letters, n_rows):
+    text = json.dumps({"text": "草地上的狗" + "".join(letters)}, ensure_ascii=False) + "\n"
+    for codec, name in {
+        "utf-8": None, "utf-8-sig": None, "gbk": "GBK", "gb18030": "GBK", "utf-16": "UTF-16",
+        "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32": "UTF-32",
+    }.items():  # fmt: skip
+        encoded = (text * n_rows).encode(codec)
+        assert guess_encoding(encoded) == name, codec
+        # what is looked at may end inside a letter
+        assert codec != "utf-8" or guess_encoding(encoded[: -len(text)]) is None
+    assert guess_encoding("ça va très bien, dit-il à l'été".encode("cp1252")) == "WINDOWS-1252"
 
 
 def test_a_table_without_names_of_columns(tmp_path):
