@@ -370,7 +370,7 @@ def test_weights_know_what_their_rows_ask(rows_dir, processor):
     rows = [dataset.read(index) for index in range(len(dataset))]
     for name, n_images in {"question": 1, "question_for_several": 2}.items():
         asked = [
-            row["conversations"][0]["content"].replace("<image>\n", "")
+            row.conversations[0]["content"].replace("<image>\n", "")
             for row, images in rows
             if len(images) == n_images
         ]
