@@ -142,7 +142,7 @@ class EvalConfig(AskConfig):
     )
     data: list[str] = option(
         [],
-        "rows with known answers, .jsonl or .parquet: measures loss and exact answers",
+        "rows with known answers, in any format of docs/data.md: measures loss and exact answers",
         group="what to measure",
     )
     images_path: list[str] = option(

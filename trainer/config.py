@@ -29,14 +29,15 @@ class TrainConfig:
     # Where the samples come from.
     data_path: list[str] = option(
         [],
-        "training rows: .jsonl or .parquet files, or patterns such as 'part-*.parquet'; the rows "
-        "of several files are mixed; FILE:2 takes the rows of FILE twice an epoch",
+        "training rows: files or folders in any of the formats of docs/data.md, or patterns such "
+        "as 'part-*.parquet'; the rows of several are mixed; FILE:2 takes those of FILE twice an "
+        "epoch",
         aliases=("--data",),
         group="data",
     )
     images_path: list[str] = option(
         [],
-        "folder or .zip of the images that a .jsonl names: one for all files, or one for each",
+        "folder or .zip of the images that the rows name: one for all files, or one for each",
         aliases=("--images",),
     )
     val_data: list[str] = option(
