@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import atomic_write
 
 CHUNK = 2**20  # bytes that are read at a time
-MAX_REPEATED = 2**30  # bytes of a tensor that stores fewer numbers than it has
+MAX_REPEATED = 2**30  # bytes of a tensor of repeated numbers
 
 
 def save_atomically(payload: object, path: Path) -> None:

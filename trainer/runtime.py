@@ -21,7 +21,8 @@ from trainer.stop import StopSignal
 
 # Steps that a GPU may be ahead of the host: reading a loss makes the host wait for the device.
 GPU_STEPS_UNREAD = 16
-MEASURED_DIM = 2048  # most, of the products that tell whether bfloat16 is faster
+# Widest product that is timed to tell whether bfloat16 is faster.
+MEASURED_DIM = 2048
 
 
 @dataclass

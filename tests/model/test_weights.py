@@ -245,11 +245,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, number, dtype):
 
 @pytest.mark.parametrize(
     "tensor",
-    [
-        torch.zeros(1).expand(10**12),
-        torch.eye(3).to_sparse(),
-        torch.empty(10**12, device="meta"),
-    ],
+    [torch.zeros(1).expand(10**12), torch.eye(3).to_sparse(), torch.empty(10**12, device="meta")],
     ids=["endless", "sparse", "empty"],
 )
 def test_a_tensor_that_is_no_plain_one_is_refused_before_it_takes_memory(tmp_path, tensor):
