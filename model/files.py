@@ -36,9 +36,9 @@ def read_default_dim() -> int:
 TOKENIZER_PATH = "model/minimind_tokenizer"
 VISION_MODEL_PATH = "model/vision_model"
 DEFAULT_DIM = read_default_dim()  # width if nothing else says it
-# Published names of weights, by --model_mode.
 MAX_JSON_BYTES = 16 * 2**20  # of a file that describes a model
 OUT_DIR = "out"  # of weights, if none is given
+# Published names of weights, by --model_mode.
 WEIGHTS_NAMES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 
 

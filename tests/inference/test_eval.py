@@ -566,6 +566,7 @@ print(sorted({{"torch", "transformers", "streamlit", "PIL", "pyarrow"}} & sys.mo
 def test_without_weights_the_demos_are_pointed_to(tmp_path, monkeypatch):
     """`python eval_vlm.py` after `make demo`, where no other weights are."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.files.ROOT", tmp_path)
     with pytest.raises(UserError, match=r"no weights at out/sft_vlm_512.pth: train them first"):
         choose_weights(EvalConfig())
     (tmp_path / "out/demo").mkdir(parents=True)
