@@ -67,9 +67,14 @@ def hash_bytes(content: bytes | Iterable[bytes], size: int = 16) -> bytes:
 
 
 def hash_to_int(content: bytes) -> int:
-    """The same as a number of 64 bits, which fits into a NumPy array."""
+    """The same, shortened."""
     # `hash_bytes`, without what it does for content in parts: a million names are hashed at a start
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return shorten_hash(hashlib.blake2b(content, digest_size=16).digest())
+
+
+def shorten_hash(digest: bytes) -> int:
+    """64 bits of what `hash_bytes` gives, as a number that fits into a NumPy array."""
+    return int.from_bytes(digest[:8], "little")
 
 
 def read_image_bytes(source: str | Path | BinaryIO) -> bytes:

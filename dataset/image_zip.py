@@ -23,7 +23,7 @@ from dataset.index_cache import open_cached, save_cached
 # Entries of an archive from which on its index is cached; fewer are listed in a moment.
 CACHED_FROM = 10_000
 # Of that index. Count it up when the content changes.
-LAYOUT = 2
+LAYOUT = 3
 # One entry of an archive: a hash of its name, and what is needed to read it.
 ENTRY = np.dtype(
     [

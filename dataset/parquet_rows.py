@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import BadSampleError
-from common.files import hash_bytes
+from common.files import shorten_hash
 from dataset.formats import Row
 from dataset.images import ImageFolder, ImageZip
 from dataset.parquet_copy import open_copy, parse_row
@@ -76,10 +76,8 @@ class ParquetRows(RecordRows):
         return super().images(replace(row, images=[*map(self._read_marked, row.images)]))
 
     def _check_image(self, image: str | bytes) -> int:
-        if isinstance(image, str):
-            return super()._check_image(image)
         number = self._find_number(image)
-        return _shorten(hash_bytes(image)) if number is None else int(self._identities[number])
+        return super()._check_image(image) if number is None else int(self._identities[number])
 
     def _read_marked(self, image: str | bytes) -> str | bytes:
         """A picture's file in place of the mark that stands for it."""
@@ -96,12 +94,8 @@ class ParquetRows(RecordRows):
     @cached_property
     def _identities(self) -> np.ndarray:
         """uint64[n] of all pictures: 8 bytes of memory each, while rows are checked."""
-        return np.fromiter(map(_shorten, self._copy.pictures.iterate("hash")), np.uint64)
+        return np.fromiter(map(shorten_hash, self._copy.pictures.iterate("hash")), np.uint64)
 
 
 def _mark(number: int) -> bytes:
     return MARK + number.to_bytes(8, "little")
-
-
-def _shorten(key: bytes) -> int:
-    return int.from_bytes(key[:8], "little")

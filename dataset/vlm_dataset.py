@@ -26,6 +26,8 @@ from model.processing import VLMProcessor, check_conversation, match_image_tags
 BYTES_PER_TOKEN = 3
 # Rows of a file from which on its check is cached; fewer are checked in a second or two.
 CACHED_FROM = 50_000
+# Of that check. Count it up when it finds something else in the same file.
+CHECK = 2
 # One usable row: its key in the file, and about how many tokens it has.
 ROW = np.dtype([("key", "<i8"), ("length", "<i4")])
 # What tells a picture from others.
@@ -107,6 +109,7 @@ class VLMDataset(Dataset):
 
         # usable rows: from the cache, or by a look at each
         settings = {
+            "check": CHECK,
             "images": str(images_path),
             "max_length": max_length,
             "n_image_tokens": processor.config.n_image_tokens,

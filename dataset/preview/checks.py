@@ -38,6 +38,7 @@ class Checked:
         self.left_out: Counter[str] = Counter()
         self.places: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self.repaired: Counter[str] = Counter()
+        # What tells the images of the usable rows from others.
         self.pictures = array("Q")
         self.n_opened = 0
 
@@ -135,9 +136,11 @@ def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> lis
         except BadSampleError as error:
             bad[index] = error
     good = [checked.usable[index] for index in order if index not in bad]
+    ends = np.cumsum(checked.n_images)
     for index in sorted(bad):
         checked.leave_out(checked.usable[index], bad[index])
     for index in sorted(bad, reverse=True):
+        del checked.pictures[ends[index] - checked.n_images[index] : ends[index]]
         del checked.usable[index], checked.n_images[index], checked.n_answers[index]
     checked.n_opened = len(order)
     return good

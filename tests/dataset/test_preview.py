@@ -248,6 +248,7 @@ def test_rows_of_a_parquet_file(tmp_path, monkeypatch, capsys):
         and "each row 2 times an epoch" in printed
     )
     assert "format           MiniMind-V (Parquet)" in printed
+    assert "distinct images  1 of 2\n" in printed, "without the cut one"
     for place in ("row 2 ", "row 3 ", "row 5 ", "row 6 "):
         assert place in printed
     assert (tmp_path / "preview_rows.html").is_file()

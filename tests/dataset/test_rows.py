@@ -1,5 +1,6 @@
 """Where rows and pictures may come from: archives, Parquet files, several sources at once."""
 
+import base64
 import io
 import json
 from collections import Counter
@@ -13,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadSampleError, MissingFileError, UserError
+from dataset.clean.examine import examine_rows
+from dataset.clean.settings import Settings
 from dataset.images import ImageFolder, ImageZip, open_images
 from dataset.mixture import find_sources, open_data, repeat_rows, split_weight
+from dataset.rows import open_rows
 from tests.helpers import picture, run_script, write_rows, write_zip
 from trainer.sampler import StepSampler
 
@@ -58,6 +62,23 @@ def test_rows_with_a_packed_folder_train(tmp_path, processor):
         data[1]
     (tmp_path / "images").mkdir()
     assert isinstance(open_images(tmp_path / "images"), ImageFolder)
+
+
+def test_one_picture_is_counted_once_whatever_says_it(tmp_path, processor):
+    write_parquet(tmp_path / "a.parquet", [("red", [as_bytes(1)]), ("blue", [as_bytes(2)])])
+    inside = "data:image/jpeg;base64," + base64.b64encode(as_bytes(1)).decode()
+    write_rows(tmp_path / "b.jsonl", [row(inside, "red"), row(inside, "rot")])
+    paths = [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")]
+    assert open_data(paths, None, processor, 200).n_pictures == 2
+
+    # a file, however its name is spelled
+    (tmp_path / "caf\u00e9.jpg").write_bytes(as_bytes(3))
+    names = ["caf\u00e9.jpg", "cafe\u0301.jpg", "./caf\u00e9.jpg", f"{tmp_path}/caf\u00e9.jpg"]
+    path = write_rows(tmp_path / "c.jsonl", [row(name, f"red {name}") for name in names])
+    assert open_data([str(path)], [str(tmp_path)], processor, 200).n_pictures == 1
+    settings = Settings(data=str(path), images=str(tmp_path), out=str(tmp_path / "clean"))
+    rows, images, *_ = examine_rows(settings, open_rows(path, tmp_path).keys())
+    assert list(rows["n_images"]) == [1] * 4 and len(set(images)) == 1
 
 
 def test_a_mixture_has_each_source_as_often_as_its_weight(tmp_path, processor):
