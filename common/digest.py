@@ -10,14 +10,14 @@ CHUNK = 2**20  # bytes that are read at a time
 
 
 def check_digest(path: Path) -> None:
-    """UserError unless a file is the one that PATH.sha256 beside it, if any, was made of."""
+    """UserError where a file differs from its checksum in PATH.sha256 beside it, if there is one."""
     beside = digest_path(path)
     if not beside.is_file():
         return
     expected = beside.read_text(encoding="utf-8", errors="replace").lower().split()[:1]
     if expected != [hash_file(path)]:
         raise UserError(
-            f"{path} is not the file that {beside.name} was made of: fetch it again; if you have "
+            f"{path} differs from its checksum in {beside.name}: fetch it again; if you have "
             f"replaced it, remove {beside.name}"
         )
 

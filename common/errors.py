@@ -78,7 +78,7 @@ def stop(line: str, status: int) -> NoReturn:
 
 
 def replace_unprintable() -> None:
-    """Print "?" for a letter that the terminal or file cannot show, as cp1252 and ASCII many."""
+    """Print "?" for a letter that the terminal or file cannot show: cp1252 and ASCII lack many."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

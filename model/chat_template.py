@@ -12,9 +12,10 @@ import sys
 from common.errors import UserError
 
 SECONDS, MEMORY = 20, 2**30  # that a template may take
-# What transformers gives to a template.
+# Renders as transformers does, so that the template cannot tell the trial from its use.
 TRIAL = """
 import json, sys
+from datetime import datetime
 given = json.load(sys.stdin)
 sys.path[:] = given["path"]
 from jinja2.ext import loopcontrols
@@ -22,7 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (given["memory"],) * 2)
-except ImportError:
+except (ImportError, ValueError, OSError):
+    # not on Windows; a Mac refuses; a lower limit may be there already
     pass
 
 def raise_exception(message):
@@ -31,7 +33,10 @@ def raise_exception(message):
 environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
 )
-environment.globals.update(raise_exception=raise_exception, strftime_now=lambda format: format)
+def strftime_now(format):
+    return datetime.now().strftime(format)
+
+environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
 environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
 try:
     environment.from_string(given["template"]).render(given["values"])

@@ -37,7 +37,9 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         conversation = [{"role": "user", "content": ""}]
-        try_template(tokenizer.get_chat_template(), {"messages": conversation})
+        values = {"messages": conversation, "add_generation_prompt": False}
+        values |= {"tools": None, "documents": None, **tokenizer.special_tokens_map}
+        try_template(tokenizer.get_chat_template(), values)
         tokenizer.apply_chat_template(conversation, tokenize=False)
     wrong = {token: found[token] for token in expected if found[token] != expected[token]}
     if wrong:

@@ -129,7 +129,7 @@ def compile_blocks(model: MiniMindVLM) -> None:
 
 
 def set_trainable(model: MiniMindVLM, is_trainable: Callable[[str], bool]) -> list[Parameter]:
-    """Freeze every parameter but those whose name `is_trainable` accepts; returns the others.
+    """Freeze every parameter but those whose name `is_trainable` accepts; returns those that learn.
 
     The vision encoder is frozen in any case.
     """

@@ -18,7 +18,7 @@ def test_it_is_that_of_sha256sum_and_finds_one_bit(tmp_path):
     check_digest(path)
     path.write_bytes(bytes(3 * 2**20 - 1) + b"\1")
     with pytest.raises(
-        UserError, match=r"is not the file that .*sha256 was made of: fetch it again"
+        UserError, match=r"differs from its checksum in .*sha256: fetch it again"
     ):
         check_digest(path)
 

@@ -162,6 +162,8 @@ TEMPLATES = [
     b"{{ raise_exception('no\\nsuch role') }}",
     b"{{ messages.nothing.at.all }}",
     b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    b"{% if bos_token and documents is none %}{% for a in range(99999) %}"
+    b"{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
     b"{{ 'x' * 10 ** 11 }}",
     b"{{ ''.__class__.__mro__ }}",
     b"{% include 'x' %}",
