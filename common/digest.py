@@ -10,7 +10,7 @@ CHUNK = 2**20  # bytes that are read at a time
 
 
 def check_digest(path: Path) -> None:
-    """UserError where a file differs from its checksum in PATH.sha256 beside it, if there is one."""
+    """UserError where a file differs from its checksum in PATH.sha256, if that is beside it."""
     beside = digest_path(path)
     if not beside.is_file():
         return
