@@ -9,6 +9,8 @@ from typing import BinaryIO, NamedTuple
 CHUNK = 2**20
 # Of one value; a row with several pictures in base64 has less.
 LARGEST_VALUE = 2**28
+# Spaces before a value that its line begins with.
+DEEPEST_INDENT = 2**10
 # What may stand between two values of a list, or of a file: also byte order marks and zero bytes.
 _BETWEEN = re.compile("[ \t\r\n,\0\xef\xbb\xbf]*")
 _DECODER = json.JSONDecoder()
@@ -36,8 +38,7 @@ def read_values(file: BinaryIO, start: int) -> Iterator[Value]:
         # the start of a value
         position = _BETWEEN.match(text, position).end()
         if position == len(text) and not is_end:
-            base, text, position = base + position, _read(file, CHUNK), 0
-            is_end = not text
+            base, text, position, is_end = _read_on(file, text, base, position, CHUNK)
             continue
         if position == len(text) or text[position] in "]}":
             return
@@ -52,9 +53,8 @@ def read_values(file: BinaryIO, start: int) -> Iterator[Value]:
             problem, end = str(error), len(text)
             is_cut = isinstance(error, JSONDecodeError) and _is_cut(error, len(text))
         if is_cut and not is_end and len(text) - position < LARGEST_VALUE:
-            more = _read(file, max(CHUNK, len(text) - position))
-            base, text, position = base + position, text[position:] + more, 0
-            is_end = not more
+            size = max(CHUNK, len(text) - position)
+            base, text, position, is_end = _read_on(file, text, base, position, size)
             continue
         if not problem:
             yield Value(base + position, text[position:end].encode("latin-1"), "")
@@ -75,6 +75,22 @@ def _read(file: BinaryIO, size: int) -> str:
     return file.read(size).decode("latin-1")
 
 
+def _read_on(
+    file: BinaryIO, text: str, base: int, position: int, size: int
+) -> tuple[int, str, int, bool]:
+    """(base, text, position, is_end) with more of the file, without what is before the value."""
+    kept = position - len(_find_indent(text, position))
+    more = _read(file, size)
+    return base + kept, text[kept:] + more, position - kept, not more
+
+
+def _find_indent(text: str, position: int) -> str:
+    """The line break and the spaces before a value that begins a line; "" before others."""
+    line = text.rfind("\n", max(0, position - DEEPEST_INDENT), position)
+    indent = text[max(line, 0) : position]
+    return indent if line >= 0 and indent.isspace() else ""
+
+
 def _is_cut(error: JSONDecodeError, length: int) -> bool:
     """Whether a value may be whole once more of the file is read."""
     # A string without its end is reported at its start, other parts have few characters.
@@ -83,17 +99,16 @@ def _is_cut(error: JSONDecodeError, length: int) -> bool:
 
 def _find_next(file: BinaryIO, text: str, position: int, base: int, is_end: bool) -> int | None:
     """Byte offset of the next object that begins a line as the damaged one at `position` does."""
-    line = text.rfind("\n", 0, position) + 1
-    indent = text[line:position] if text[line:position].isspace() else ""
-    begin = re.compile(rf"\n{indent}(?=\{{)")
+    indent = _find_indent(text, position) or "\n"
+    begin = re.compile(rf"{indent}(?=\{{)")
     while True:
         found = begin.search(text, position + 1)
         if found:
-            return base + found.end()
+            return base + found.start()
         if is_end:
             return None
         # A part of the pattern may be at the end of what was read.
-        kept = text[-len(indent) - 1 :]
+        kept = text[-len(indent) :]
         more = _read(file, CHUNK)
         base, text, position, is_end = base + len(text) - len(kept), kept + more, -1, not more
 

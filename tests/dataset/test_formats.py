@@ -346,12 +346,19 @@ def test_the_scanner_finds_what_json_finds(values, indent, chunk, is_ascii, data
         list(read_values(io.BytesIO(encoded[:cut] + b"?" + encoded[cut:]), 1))
 
 
-def test_objects_behind_a_damaged_one(tmp_path):
+def test_objects_behind_a_damaged_one(tmp_path, monkeypatch):
     rows = [{"conversations": [user("Q"), assistant(f"A{n}")]} for n in range(4)]
     text = json.dumps(rows, indent=1).replace('"A1"', "A1")
     (tmp_path / "rows.json").write_text(text)
     found = count_rows(tmp_path / "rows.json", None)
     assert found == ("MiniMind-V (one JSON array)", {"usable": 3, "not a JSON object": 1})
+    # several of them, one behind the other, however much is read at a time
+    text = json.dumps([{"n": n} for n in range(8)], indent=2).replace("1\n", "x\n")
+    text = text.replace("2\n", "x\n").replace("5\n", "x\n").encode()
+    for chunk in (5, 64, 2**20):
+        monkeypatch.setattr("dataset.json_objects.CHUNK", chunk)
+        found = [value.text for value in read_values(io.BytesIO(text), 1) if not value.problem]
+        assert [json.loads(one)["n"] for one in found] == [0, 3, 4, 6, 7], chunk
     # a download that was cut off
     (tmp_path / "cut.json").write_text(json.dumps(rows)[:-30])
     assert count_rows(tmp_path / "cut.json", None)[1] == {"usable": 3, "not a JSON object": 1}
