@@ -1,10 +1,12 @@
 """Rows of a .tar shard as WebDataset writes it: `0001.jpg`, `0001.json`, `0002.jpg`, ..."""
 
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
 from common.files import MAX_IMAGE_BYTES
@@ -64,16 +66,14 @@ class TarRows(RecordRows):
         names = []
         for key in keys:
             with open(self.path, "rb") as file:
-                file.seek(key)
-                names.append(tarfile.TarFile(fileobj=file).next().name)
+                _, member, _ = next(list_members(file, key))
+            names.append(member.name if member else f"byte {key:,}")
         return names
 
     def _read_groups(self, start: int) -> Iterator[tuple[int, dict | BadSampleError]]:
         """(offset, record) of the rows from byte `start` on."""
         with open(self.path, "rb") as file:
-            file.seek(start)
-            members = list_members(tarfile.TarFile(fileobj=file), start)
-            for _, group in groupby(members, key=lambda one: split_name(one[1].name)[0]):
+            for _, group in groupby(list_members(file, start), key=name_row):
                 # the offset of the first, and all of them while the file is at their place
                 key, record, images = None, {}, []
                 try:
@@ -91,25 +91,44 @@ class TarRows(RecordRows):
 
 
 def list_members(
-    archive: tarfile.TarFile, start: int
-) -> Iterator[tuple[int, tarfile.TarInfo, tarfile.TarFile]]:
+    file: BinaryIO, start: int
+) -> Iterator[tuple[int, tarfile.TarInfo | None, tarfile.TarFile]]:
     """(byte offset, file, archive) of the files of a .tar from byte `start` on.
 
-    A cut or damaged archive ends at the damage.
+    A cut or damaged archive ends with None for a file, at the damage.
     """
-    offset = start
+    n_bytes = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    offset, archive = start, None
     while True:
         try:
+            archive = archive or tarfile.TarFile(fileobj=file)
             member = archive.next()
         except (tarfile.TarError, OSError, ValueError, OverflowError):
-            return
-        if member is None:
+            member = None
+        # A damaged size leads back, or behind the end.
+        if member is None or archive.offset <= offset:
+            if not _is_end(file, offset):
+                yield offset, None, archive
             return
         # Otherwise the archive would remember each of a million files.
         archive.members = []
         if member.isfile() and not Path(member.name).name.startswith("."):
             yield offset, member, archive
-        offset = archive.offset
+        offset = min(archive.offset, n_bytes + 1)
+
+
+def _is_end(file: BinaryIO, offset: int) -> bool:
+    """Whether an archive may end at this byte: with the file, or with a blank block."""
+    file.seek(max(0, offset - 1))
+    part = file.read(1 + tarfile.BLOCKSIZE)
+    return bool(part) and not part[1:].strip(b"\0")
+
+
+def name_row(place: tuple[int, tarfile.TarInfo | None, tarfile.TarFile]) -> str | None:
+    """What the files of a row have in common; None for the damage of an archive."""
+    _, member, _ = place
+    return split_name(member.name)[0] if member else None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -119,8 +138,10 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> dict | bytes:
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> dict | bytes:
     """A picture, or what a text adds to its row's record: nothing if it is of no known kind."""
+    if member is None:
+        raise BadSampleError("archive damaged", "the rest is not read")
     _, suffix = split_name(member.name)
     is_image, last = bool(SUFFIX.search(f".{suffix}")), suffix.rpartition(".")[2]
     if not is_image and last not in ("json", *TEXTS):

@@ -527,11 +527,36 @@ def test_shards_of_webdataset(tmp_path, processor):
     assert [len(data[n]["pixel_values"]) for n in (0, 2, 4, 5)] == [1, 1, 2, 1]
     with pytest.raises(BadSampleError, match="image damaged"):
         data[3]
-    # a shard that was cut off ends at the damage
-    whole = (tmp_path / "part-0.tar").read_bytes()
-    for size in (len(whole) // 2, len(whole) // 3 + 100):
-        (tmp_path / "cut.tar").write_bytes(whole[:size])
-        list(open_rows(tmp_path / "cut.tar", None).scan())
     (tmp_path / "bad.tar").write_bytes(b"no archive" * 100)
     with pytest.raises(UserError, match=r"is no whole \.tar"):
         open_rows(tmp_path / "bad.tar", None)
+
+
+def test_a_shard_ends_at_the_damage_and_says_so(tmp_path):
+    files = {f"{n}.jpg": encoded(n) for n in range(4)} | {f"{n}.txt": b"A cat" for n in range(4)}
+    path = write_shard(tmp_path / "part.tar", dict(sorted(files.items())))
+    whole = path.read_bytes()
+    starts = [member.offset for member in tarfile.open(path).getmembers()]
+    head, inside = starts[4], starts[4] + 600
+    leads_back = tarfile.TarInfo("2.jpg")
+    leads_back.size = -1024
+    for content, n_good, n_bad in (
+        (whole, 4, 0),
+        # without the blank blocks at the end
+        (whole[: starts[7] + 1024], 4, 0),
+        (whole[:inside], 2, 2),
+        (whole[: head + 100], 2, 1),
+        (whole[:head] + b"x" * 512 + whole[head + 512 :], 2, 1),
+        (whole[:head] + leads_back.tobuf(tarfile.GNU_FORMAT) + whole[head + 512 :], 2, 1),
+    ):
+        path.write_bytes(content)
+        rows = open_rows(path, None)
+        found = [(key, row) for key, _, row in rows.scan()]
+        bad = [key for key, row in found if isinstance(row, BadSampleError)]
+        assert (len(found) - len(bad), len(bad)) == (n_good, n_bad)
+        assert not bad or found[-1][1].args == ("archive damaged",)
+        # each of them is read again from its place
+        for key in bad:
+            with pytest.raises(BadSampleError):
+                rows.read(key)
+        assert len(rows.name_places(rows.keys().tolist())) == len(found)
