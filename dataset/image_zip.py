@@ -17,6 +17,7 @@ import numpy as np
 
 from common.errors import BadSampleError, UserError
 from common.files import MAX_IMAGE_BYTES, hash_to_int
+from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import JUNK, SUFFIX, NearMisses, normalize_name, spell
 from dataset.index_cache import open_cached, save_cached
 
@@ -144,16 +145,11 @@ def _explain(path: Path, error: Exception) -> str:
     """What a file is that is no .zip, and what to do."""
     try:
         with open(path, "rb") as file:
-            start = file.read(512)
+            head = file.read(HEAD)
     except OSError:
-        start = b""
-    if start[257:262] == b"ustar":
-        return "is a .tar archive: unpack it or zip it"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer: run `git lfs pull`"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "is a web page, no .zip: fetch it again"
-    return f"is no whole .zip ({error}): fetch it again"
+        head = b""
+    kind = None if head.startswith(b"PK") else name_kind(path, head)
+    return kind or f"is no whole .zip ({error}): fetch it again"
 
 
 def _check_methods(path: Path, methods: np.ndarray) -> None:
@@ -180,6 +176,8 @@ def _list_files(archive: zipfile.ZipFile) -> Iterator[tuple[bytes, zipfile.ZipIn
         if name.endswith(b"/") or JUNK.search(name):
             continue
         name = posixpath.normpath(name.lstrip(b"/"))
+        if info.header_offset < 0:
+            raise zipfile.BadZipFile("it is the last part of an archive in parts")
         # Another alphabet is left as it is, see ENCODINGS.
         with suppress(UnicodeDecodeError):
             name = name if name.isascii() else unicodedata.normalize("NFC", name.decode()).encode()

@@ -10,21 +10,12 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from dataset.block_file import import_pyarrow
+from dataset.file_kinds import HEAD, name_kind
 from dataset.formats import CAPTION_KEYS, CHAT_KEYS, QUESTION_KEYS
 from dataset.row_images import simplify_key
 
 # Rows that are in memory together: their pictures may have 64 MB each.
 BLOCK = 16
-# What else a file of that name is, by how it begins.
-BEGINNINGS = {
-    b"version https://git-lfs": "is a Git LFS pointer: fetch the file with `git lfs pull`",
-    b"PARE": "is encrypted: write it anew without encryption",
-    b"PK": "is a .zip: unpack it",
-    b"\x1f\x8b": "is compressed by gzip: unpack it",
-    b"<": "is a web page: fetch the file again",
-    b"{": "holds JSON, not Parquet: name it .jsonl",
-    b"[": "holds JSON, not Parquet: name it .json",
-}
 # What pyarrow raises; its own errors are among them.
 ERRORS = (OSError, ValueError, OverflowError, NotImplementedError)
 
@@ -83,15 +74,15 @@ def open_parquet(path: Path):
 def _check_ends(path: Path) -> None:
     """UserError for what is no Parquet file, or only a part of one."""
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(HEAD)
         n_bytes = file.seek(0, os.SEEK_END)
         file.seek(-min(4, n_bytes), os.SEEK_END)
         tail = file.read()
     if not head.startswith(b"PAR1"):
-        start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-        kinds = (kind for beginning, kind in BEGINNINGS.items() if start.startswith(beginning))
-        unknown = "is no Parquet file" if head else "is empty: fetch it again"
-        raise UserError(f"{path} {next(kinds, unknown)}")
+        is_json = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+        unknown = "holds JSON, not Parquet: name it .json" if is_json else "is no Parquet file"
+        unknown = unknown if head else "is empty: fetch it again"
+        raise UserError(f"{path} {name_kind(path, head) or unknown}")
     # The smallest one has both ends and a length between them.
     if tail != b"PAR1" or n_bytes < 12:
         raise UserError(f"{path} is cut off after {n_bytes:,} bytes: fetch it again")

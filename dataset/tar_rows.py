@@ -10,7 +10,9 @@ from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
 from common.files import MAX_IMAGE_BYTES
+from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import SUFFIX
+from dataset.images import ImageFolder, ImageZip
 from dataset.record_rows import RecordRows, byte_bar
 
 # Of a text or JSON beside a picture.
@@ -27,14 +29,15 @@ class TarRows(RecordRows):
 
     container = "WebDataset"
 
-    def __init__(self, path: Path):
-        super().__init__(path, None)
+    def __init__(self, path: Path, images: ImageFolder | ImageZip | None = None):
+        super().__init__(path, images)
         try:
             tarfile.open(path, "r:").close()
         except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is no whole .tar ({error}): unpack or fetch it again"
-            ) from error
+            with open(path, "rb") as file:
+                kind = name_kind(path, file.read(HEAD))
+            kind = kind or f"is no whole .tar ({error}): unpack or fetch it again"
+            raise UserError(f"{path} {kind}") from error
 
     def read_records(self) -> Iterator[tuple[int, int, dict | BadSampleError]]:
         """(offset, bytes, record) of every row."""

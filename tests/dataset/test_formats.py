@@ -1,12 +1,17 @@
 """Data as people have it: each format is read as it is, or the reason is said once."""
 
 import base64
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import pickle
+import random
 import re
 import tarfile
+import zipfile
 from collections import Counter
 
 import pytest
@@ -432,6 +437,45 @@ def test_the_encoding_of_a_text_is_guessed(letters, n_rows):
     assert guess_encoding("ça va très bien, dit-il à l'été".encode("cp1252")) == "WINDOWS-1252"
 
 
+def test_the_encoding_of_other_parts_of_the_world():
+    for codec, name, text in (
+        ("big5", "BIG5", "圖片裡有一隻貓在桌子上。"),
+        ("shift_jis", "SHIFT_JIS", "これは猫の写真です。"),
+        ("euc_jp", "EUC-JP", "これは猫の写真です。"),
+        ("cp949", "CP949", "이것은 고양이 사진입니다. 아이가 있는 사진이다."),
+        ("cp1251", "WINDOWS-1251", "Это фотография кошки"),
+        ("koi8_r", "KOI8-R", "Это фотография кошки"),
+        ("cp1252", "WINDOWS-1252", "Ein schöner Hund läuft über die Straße"),
+    ):
+        assert guess_encoding(json.dumps({"text": text}, ensure_ascii=False).encode(codec)) == name
+
+
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path):
+    rows = json.dumps({"image": "a.jpg", "caption": "A cat."}).encode() * 3
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("rows.jsonl", rows)
+    for content, words in {
+        bz2.compress(rows): "is packed by bzip2: unpack it with `bunzip2 -k",
+        lzma.compress(rows): "is packed by xz",
+        gzip.compress(rows): "is packed by gzip",
+        packed.getvalue(): "is a .zip archive: unpack it",
+        pickle.dumps([rows]): "is a pickle, which may run anything",
+        b"version https://git-lfs.github.com/spec/v1\noid": "is a Git LFS pointer",
+        b"\n<!DOCTYPE HTML><p>404": "is a web page",
+        b"SQLite format 3\0": "is a database",
+        random.Random(0).randbytes(5000): "is no text in UTF-8, nor in another encoding",
+    }.items():
+        for name in ("a.jsonl", "a.csv", "a.tar", "a.parquet"):
+            path = tmp_path / name
+            path.write_bytes(content)
+            random_words = {"a.tar": "is no whole .tar", "a.parquet": "is no Parquet file"}
+            expected = random_words.get(name, words) if "no text" in words else words
+            with pytest.raises(UserError, match=re.escape(expected)) as refused:
+                open_rows(path, None)
+            assert "\n" not in str(refused.value)
+
+
 def test_a_table_without_names_of_columns(tmp_path):
     (tmp_path / "a.csv").write_text("1,2\n3,4\n")
     with pytest.raises(
@@ -560,3 +604,11 @@ def test_a_shard_ends_at_the_damage_and_says_so(tmp_path):
             with pytest.raises(BadSampleError):
                 rows.read(key)
         assert len(rows.name_places(rows.keys().tolist())) == len(found)
+
+
+def test_a_shard_may_name_pictures_of_a_folder(tmp_path, photos, processor):
+    row = json.dumps({"image_path": "0.jpg", "caption": "A cat"}).encode()
+    path = write_shard(tmp_path / "part.tar", {"0.json": row})
+    assert open_data([str(path)], [str(photos)], processor, 200).n_images == 1
+    with pytest.raises(UserError, match=r"no usable row \(1 image missing\); the image folder"):
+        open_data([str(path)], [str(tmp_path / "nowhere")], processor, 200)

@@ -349,8 +349,8 @@ def test_an_archive_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
             open_images(path)
     for content, line in {
         b"<!DOCTYPE html><p>404": "is a web page", b"\n<html>": "is a web page",
-        b"version https://git-lfs.github.com/spec/v1\n": "is a Git LFS pointer: run `git lfs pull`",
-        bytes(257) + b"ustar" + bytes(300): "is a .tar archive: unpack it or zip it",
+        b"version https://git-lfs.github.com/spec/v1\n": "is a Git LFS pointer: fetch",
+        bytes(257) + b"ustar" + bytes(300): "is a .tar archive: unpack it",
     }.items():  # fmt: skip
         (tmp_path / "x.zip").write_bytes(content)
         with pytest.raises(UserError, match=line):
@@ -411,7 +411,7 @@ ARCHIVES = {
     "nested.zip": "holds other archives",
     "pics": "there is pics.tar: unpack it or zip it",
     "pics.tar": "unpack it or zip it",
-    "tar_named.zip": "is a .tar archive: unpack it or zip it",
+    "tar_named.zip": "is a .tar archive: unpack it",
 }
 
 

@@ -121,7 +121,7 @@ def test_other_files_of_trouble_are_called_what_they_are(name, tmp_path):
     "content, words",
     [
         (b"", "is empty"),
-        (b"\xef\xbb\xbf\n {}", "holds JSON, not Parquet: name it .jsonl"),
+        (b"\xef\xbb\xbf\n {}", "holds JSON, not Parquet: name it .json"),
         (b"[1]", "holds JSON, not Parquet: name it .json"),
         (b"<!DOCTYPE html>", "is a web page: fetch"),
         (b"PAR1", "is cut off after 4 bytes: fetch it again"),
