@@ -160,6 +160,13 @@ def name_format(record: dict) -> str:
         return "unknown"
 
 
+def has_text(names: list[str]) -> bool:
+    """Whether columns of these names can hold the text of rows: "messages", "caption", ..."""
+    simple = {*map(simplify_key, names)}
+    is_asked = not simple.isdisjoint(QUESTION_KEYS) and not simple.isdisjoint(ANSWER_KEYS)
+    return is_asked or not simple.isdisjoint((*CHAT_KEYS, *CAPTION_KEYS))
+
+
 def _has_tag(turns: list[dict]) -> bool:
     """Whether the user's turns have a tag for a picture, of this set or another one."""
     texts = [turns[index]["content"] for index in _user_turns(turns)]

@@ -11,8 +11,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from dataset.block_file import import_pyarrow
 from dataset.file_kinds import HEAD, name_kind
-from dataset.formats import CAPTION_KEYS, CHAT_KEYS, QUESTION_KEYS
-from dataset.row_images import simplify_key
+from dataset.formats import has_text
 
 # Rows that are in memory together: their pictures may have 64 MB each.
 BLOCK = 16
@@ -90,8 +89,7 @@ def _check_ends(path: Path) -> None:
 
 def _check_columns(path: Path, names: list[str]) -> None:
     """UserError for a file without a column of text."""
-    known = {*CHAT_KEYS, *QUESTION_KEYS, *CAPTION_KEYS}
-    if known.isdisjoint(map(simplify_key, names)):
+    if not has_text(names):
         raise UserError(
             f"{path} has columns {', '.join(names)[:200]}, needs conversations, messages, texts or "
             "caption, and image_bytes, image or images for its pictures: rename them"

@@ -23,10 +23,10 @@ from common.errors import MissingFileError, UserError
 from dataset.encodings import check_text
 from dataset.folder_rows import FolderRows, list_pictures
 from dataset.images import open_images
-from dataset.json_rows import open_json
+from dataset.json_rows import BYTE_ORDER_MARK, open_json
 from dataset.parquet_rows import ParquetRows
 from dataset.record_rows import RecordRows
-from dataset.table_rows import SUFFIXES, open_table
+from dataset.table_rows import open_table
 from dataset.tar_rows import TarRows
 
 # Bytes of a file that are looked at to tell what it is.
@@ -68,11 +68,11 @@ def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         return ParquetRows(path, images)
     if suffix == ".tar":
-        return TarRows(path)
+        return TarRows(path, images)
 
     # text: what it begins with says what it is
     check_text(path, head)
-    is_json = suffix not in SUFFIXES and head.lstrip().startswith((b"{", b"["))
+    is_json = head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith((b"{", b"["))
     table = None if is_json else open_table(path, images, head)
     return table or open_json(path, images, head)
 

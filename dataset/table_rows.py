@@ -2,12 +2,13 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
-from dataset.formats import name_format
+from dataset.formats import has_text
 from dataset.images import ImageFolder, ImageZip
 from dataset.record_rows import RecordRows, byte_bar
 from dataset.row_images import is_name
@@ -16,6 +17,10 @@ DELIMITERS = ",\t;|"
 SUFFIXES = (".csv", ".tsv")
 # Of one field, such as a picture in base64; longer ones are not read.
 LARGEST_FIELD = 2**27
+# Lines of one row. Where a quotation mark is not closed, all that follows would be one field.
+MOST_LINES = 10_000
+# What Excel writes before the names of columns: "sep=;".
+SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=(.)\r?\n", re.IGNORECASE)
 
 
 class TableRows(RecordRows):
@@ -77,6 +82,8 @@ class TableRows(RecordRows):
     def _name_fields(self, fields: list[str] | BadSampleError) -> dict:
         if isinstance(fields, BadSampleError):
             raise fields
+        while len(fields) > len(self.columns) and not fields[-1].strip():
+            fields = fields[:-1]
         if len(fields) != len(self.columns):
             counts = f"{len(fields)} fields under {len(self.columns)} columns"
             raise BadSampleError("wrong number of fields", f"{counts}: {fields}"[:200])
@@ -97,30 +104,37 @@ def count_lines(file: BinaryIO, start: int, end: int) -> int:
 def read_fields(
     file: BinaryIO, start: int, delimiter: str
 ) -> Iterator[tuple[int, int, list[str] | BadSampleError]]:
-    """(byte offset, offset of its end, fields) of the rows from byte `start` on, blank ones not."""
+    """(byte offset, offset of its end, fields) of the rows from byte `start` on, blank ones not.
+
+    Of a damaged one only its first line is left out: a quotation mark that is not closed would
+    swallow the rows behind it.
+    """
     csv.field_size_limit(LARGEST_FIELD)
-    file.seek(start)
-    end = start
+    ends = [start]
 
     def lines() -> Iterator[str]:
         # `csv` asks for one line after the other, and for no more than a row has.
-        nonlocal end
         for line in file:
-            end += len(line)
+            ends.append(ends[-1] + len(line))
+            if len(ends) > MOST_LINES:
+                return
             yield line.decode("utf-8-sig", "surrogateescape")
 
-    reader = csv.reader(lines(), delimiter=delimiter)
     while True:
-        offset = end
+        # a reader that begins at the end of the last good row, or of the damaged line
+        file.seek(ends[-1])
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
-            fields = next(reader)
+            while True:
+                ends = ends[-1:]
+                fields = next(reader)
+                if any(field.strip() for field in fields):
+                    yield ends[0], ends[-1], fields
         except StopIteration:
             return
         except csv.Error as error:
-            yield offset, end, BadSampleError("row damaged", str(error))
-            continue
-        if any(field.strip() for field in fields):
-            yield offset, end, fields
+            ends = ends[:2]
+            yield *ends, BadSampleError("row damaged", str(error))
 
 
 def open_table(path: Path, images: ImageFolder | ImageZip | None, head: bytes) -> TableRows | None:
@@ -134,20 +148,24 @@ def open_table(path: Path, images: ImageFolder | ImageZip | None, head: bytes) -
     UserError where a .csv or .tsv has no columns that can be read.
     """
     # the delimiter that leaves names which are known
-    for delimiter in DELIMITERS:
-        rows = read_fields(io.BytesIO(head), 0, delimiter)
+    said = SEPARATOR.match(head)
+    start, delimiters = (said.end(), said[1].decode("latin-1")) if said else (0, DELIMITERS)
+    for delimiter in delimiters:
+        rows = read_fields(io.BytesIO(head), start, delimiter)
         offset, end, names = next(rows, (0, 0, []))
         if isinstance(names, BadSampleError) or len(names) < 2:
             continue
         names = [name.strip() for name in names]
-        if is_name(names[0]) and len(names) == 2:
-            # no line of names, as of lists that only have pictures and captions
-            return TableRows(path, images, ["image", "caption"], delimiter, offset)
-        if name_format(dict.fromkeys(names, "a.jpg")) != "unknown":
+        if has_text(names):
             return TableRows(path, images, names, delimiter, end)
+        # no line of names, as of lists that only have pictures and captions
+        is_picture = [is_name(name) for name in names]
+        if is_picture in ([True, False], [False, True]):
+            names = ["image", "caption"] if is_picture[0] else ["caption", "image"]
+            return TableRows(path, images, names, delimiter, offset)
 
     # what it has in their place
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in SUFFIXES and head.strip():
         first = head.split(b"\n")[0].decode("utf-8", "replace").strip()
         raise UserError(
             f"{path} begins with {first[:80]!r}: its first line has to name its columns, "

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import random
 import re
@@ -390,6 +391,14 @@ def photos(tmp_path):
         ("a.tsv", "image\tcaption\n0.jpg\tA, or B\n1.jpg\n", {"usable": 1}),
         ("captions.txt", "image,caption\n0.jpg,A\n", {"usable": 1}),
         ("a.csv", "image_name| comment_number| comment\n0.jpg| 0| A dog .\n", {"usable": 1}),
+        ("a.csv", "sep=;\r\nimage;caption\r\n0.jpg;A, or B\r\n", {"usable": 1}),
+        ("a.csv", 'image, caption\n0.jpg, "A, or B"\n1.jpg,B,\n', {"usable": 2}),
+        ("a.tsv", "A cat.\t0.jpg\nA dog.\t1.jpg\n", {"usable": 2}),
+        ("a.csv", 'image,conversations\n0.jpg,"[{""content"":""?""},{""content"":""A""}]"\n',
+         {"usable": 1}),
+        # a quotation mark that is not closed, and one inside a field, cost one row each
+        ("a.csv", 'image,caption\n0.jpg,"A\n1.jpg,B\n0.jpg,C\n', {"usable": 2, "row damaged": 1}),
+        ("a.tsv", 'image\tcaption\n0.jpg\t"A" or B\n1.jpg\tB\n', {"usable": 1, "row damaged": 1}),
     ],
 )
 def test_tables(photos, name, text, expected):
@@ -417,7 +426,9 @@ def test_any_row_of_a_table_is_read_from_its_place(rows, delimiter, line_end):
     csv.writer(text, delimiter=delimiter, lineterminator=line_end).writerows(rows)
     file = io.BytesIO(text.getvalue().encode())
     found = list(read_fields(file, 0, delimiter))
-    assert [one for _, _, one in found] == [row for row in rows if any(map(str.strip, row))]
+    # spaces around a field may be left out
+    expected = [[field.strip() for field in row] for row in rows]
+    assert [[field.strip() for field in one] for _, _, one in found] == [*filter(any, expected)]
     for place in found:
         assert next(read_fields(file, place[0], delimiter)) == place
 
@@ -506,6 +517,13 @@ def test_a_folder_of_pictures_with_texts(photos, processor):
         "A cat 0.", "A cat 1.", "一只猫",
     }  # fmt: skip
     assert all(len(data[n]["pixel_values"]) == 1 for n in range(3))
+    # what is beside a picture may be anything
+    (photos / "0.txt").rename(photos / "0.TXT")
+    (photos / "1.txt").unlink()
+    os.mkfifo(photos / "1.txt")
+    with open(photos / "sub/x.txt", "wb") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)
+    assert count_rows(photos, None)[1] == {"usable": 1, "text is no file": 1, "text too large": 1}
 
 
 @pytest.mark.parametrize(
