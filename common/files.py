@@ -1,4 +1,4 @@
-"""The one way to write a file whole, the one hash, and the one way to read a picture's bytes."""
+"""The one way to write a file whole, the one hash, and the one way to read a file of others."""
 
 import errno
 import hashlib
@@ -11,7 +11,9 @@ from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
 
-MAX_IMAGE_BYTES = 64 * 2**20  # of one picture's file
+# Of one picture's file, and of a text beside it.
+MAX_IMAGE_BYTES = 2**26
+MAX_TEXT_BYTES = 2**24
 # What a system says where there is no file of a name, or cannot be.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -78,43 +80,55 @@ def shorten_hash(digest: bytes) -> int:
 
 
 def read_image_bytes(source: str | Path | BinaryIO) -> bytes:
-    """The bytes of a picture's file, still encoded.
+    """The bytes of a picture's file, still encoded: `read_small_file` up to MAX_IMAGE_BYTES."""
+    return read_small_file(source, "image", MAX_IMAGE_BYTES)
+
+
+def read_small_file(source: str | Path | BinaryIO, what: str, limit: int) -> bytes:
+    """The bytes of a file that may be anything.
 
     Args:
         source: a path, whose symbolic links are followed, or an open file, read from its start.
+        what: it is, "image" for example.
+        limit: most bytes of it.
 
-    BadSampleError where it is missing, no regular file or larger than MAX_IMAGE_BYTES.
+    BadSampleError where it is missing, no regular file or larger.
     """
     is_path = isinstance(source, str | os.PathLike)
     try:
         if is_path:
-            content = _read_regular_file(source)
+            content = _read_regular_file(source, what, limit)
         else:
             source.seek(0)
-            content = source.read(MAX_IMAGE_BYTES + 1)
+            content = source.read(limit + 1)
     except BadSampleError:
         raise
     # ValueError: a name that no file can have
     except (OSError, ValueError) as error:
         is_missing = getattr(error, "errno", errno.ENOENT) in MISSING
-        reason = "image missing" if is_missing else "image cannot be read"
+        reason = f"{what} missing" if is_missing else f"{what} cannot be read"
         raise BadSampleError(
             reason, f"{source} ({getattr(error, 'strerror', None) or error})"
         ) from error
-    if len(content) > MAX_IMAGE_BYTES:
-        limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
-        raise BadSampleError("image too large", f"{source}: {limit}" if is_path else limit)
+    check_size(len(content), what, limit, source if is_path else "")
     return content
 
 
-def _read_regular_file(path: str | Path) -> bytes:
-    """Its bytes, at most MAX_IMAGE_BYTES + 1."""
+def check_size(n_bytes: int, what: str, limit: int, name: str | Path = "") -> None:
+    """BadSampleError where a file has more bytes than `limit`."""
+    if n_bytes > limit:
+        detail = f"its file has over {limit // 2**20} MB"
+        raise BadSampleError(f"{what} too large", f"{name}: {detail}" if name else detail)
+
+
+def _read_regular_file(path: str | Path, what: str, limit: int) -> bytes:
+    """Its bytes, at most `limit` + 1."""
     # Asked before it is opened: a FIFO would wait for a writer, and a device may do anything.
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise BadSampleError("image is no file", f"{path} is a folder, a pipe or a device")
+        raise BadSampleError(f"{what} is no file", f"{path} is a folder, a pipe or a device")
     with open(path, "rb", opener=_open_at_once) as file:
-        return file.read(min(status.st_size, MAX_IMAGE_BYTES) + 1)
+        return file.read(min(status.st_size, limit) + 1)
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import BadSampleError
+from common.files import MAX_TEXT_BYTES, read_small_file
 from dataset.image_names import SUFFIX
 from dataset.images import ImageFolder
 from dataset.record_rows import RecordRows
 
-# Of a text file; no caption is longer.
-LARGEST_TEXT = 2**20
+TEXT_SUFFIXES = ".txt", ".TXT"
 
 
 class FolderRows(RecordRows):
@@ -43,11 +43,10 @@ class FolderRows(RecordRows):
 
     def read_record(self, key: int) -> dict:
         name = self._name(key)
+        texts = [(self.path / name).with_suffix(suffix) for suffix in TEXT_SUFFIXES]
+        path = next(filter(os.path.lexists, texts), texts[0])
         try:
-            with open((self.path / name).with_suffix(".txt"), encoding="utf-8-sig") as file:
-                caption = file.read(LARGEST_TEXT)
-        except OSError as error:
-            raise BadSampleError("text missing", f"{name}: {error.strerror}") from error
+            caption = read_small_file(path, "text", MAX_TEXT_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadSampleError("text is not UTF-8", f"{name}: {error}") from error
         return {"image": [name], "caption": caption.strip()}
@@ -67,7 +66,7 @@ def list_pictures(folder: Path) -> list[bytes]:
     found = []
     for place, _, files in os.walk(folder):
         below = os.path.relpath(place, folder)
-        texts = {file[:-4] for file in files if file.lower().endswith(".txt")}
+        texts = {file[:-4] for file in files if file.endswith(TEXT_SUFFIXES)}
         pictures = [file for file in files if SUFFIX.search(file) and SUFFIX.sub("", file) in texts]
         found += [os.fsencode(os.path.normpath(os.path.join(below, file))) for file in pictures]
     return found

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.errors import BadSampleError, UserError
-from common.files import MAX_IMAGE_BYTES, hash_to_int
+from common.files import MAX_IMAGE_BYTES, check_size, hash_to_int
 from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import JUNK, SUFFIX, NearMisses, normalize_name, spell
 from dataset.index_cache import open_cached, save_cached
@@ -225,9 +225,7 @@ def read_entry(file: BinaryIO, entry: np.void, name: str) -> bytes:
     """
     # what the directory says
     size, packed, method = int(entry["size"]), int(entry["packed"]), int(entry["method"])
-    if max(size, packed) > MAX_IMAGE_BYTES:
-        limit = f"its file has over {MAX_IMAGE_BYTES // 2**20} MB"
-        raise BadSampleError("image too large", f"{name}: {limit}")
+    check_size(max(size, packed), "image", MAX_IMAGE_BYTES, name)
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         reason = "image encrypted" if method == ENCRYPTED else f"image {_packed(method)}"
         raise BadSampleError(reason, name)

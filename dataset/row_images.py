@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterator
 
 from common.errors import BadSampleError
-from common.files import MAX_IMAGE_BYTES
+from common.files import MAX_IMAGE_BYTES, check_size
 
 # Keys that hold pictures, as `simplify_key` writes them; the first one with a value is read.
 IMAGE_KEYS = (
@@ -117,7 +117,8 @@ def _read_value(value: object, key: str, depth: int) -> Iterator[str | bytes]:
     if isinstance(value, str):
         yield from _read_text(value, key, [value])
     elif isinstance(value, bytes | bytearray | memoryview):
-        yield _check_size(bytes(value))
+        check_size(len(value), "image", MAX_IMAGE_BYTES)
+        yield bytes(value)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _read_value(one, key, depth + 1)
@@ -163,17 +164,9 @@ def _check_name(name: str) -> str:
 
 def decode_base64(text: str) -> bytes:
     """The bytes that a text stands for. BadSampleError where it is cut off or too large."""
-    if len(text) > MAX_IMAGE_BYTES * 4 // 3 + 4:
-        _refuse_size()
+    # Four letters are three bytes.
+    check_size(len(text) * 3 // 4, "image", MAX_IMAGE_BYTES)
     try:
-        return _check_size(base64.b64decode("".join(text.split()), validate=True))
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadSampleError("image damaged", f"{text[:40]}… is no base64 ({error})") from error
-
-
-def _check_size(content: bytes) -> bytes:
-    return content if len(content) <= MAX_IMAGE_BYTES else _refuse_size()
-
-
-def _refuse_size() -> bytes:
-    raise BadSampleError("image too large", f"it has over {MAX_IMAGE_BYTES // 2**20} MB")

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
-from common.files import MAX_IMAGE_BYTES
+from common.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_size
 from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import SUFFIX
 from dataset.images import ImageFolder, ImageZip
 from dataset.record_rows import RecordRows, byte_bar
 
-# Of a text or JSON beside a picture.
-LARGEST_TEXT = 2**24
 TEXTS = {"txt": "caption", "text": "caption", "caption": "caption"}
 
 
@@ -149,10 +147,8 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> dic
     is_image, last = bool(SUFFIX.search(f".{suffix}")), suffix.rpartition(".")[2]
     if not is_image and last not in ("json", *TEXTS):
         return {}
-    limit = MAX_IMAGE_BYTES if is_image else LARGEST_TEXT
-    if member.size > limit:
-        reason = "image too large" if is_image else "text too large"
-        raise BadSampleError(reason, f"{member.name} has over {limit // 2**20} MB")
+    what, limit = ("image", MAX_IMAGE_BYTES) if is_image else ("text", MAX_TEXT_BYTES)
+    check_size(member.size, what, limit, member.name)
     try:
         content = archive.extractfile(member).read()
     except (tarfile.TarError, OSError) as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common import files
 from common.errors import BadSampleError, UserError
-from common.files import atomic_write, hash_bytes, hash_to_int, read_image_bytes, write_text
+from common.files import atomic_write, hash_bytes, hash_to_int, read_image_bytes, read_small_file, write_text
 
 
 def test_a_file_appears_whole_or_stays_as_it_was(tmp_path):
@@ -54,3 +54,5 @@ def test_bytes_of_a_picture_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(BadSampleError, match="image is no file"):
         read_image_bytes(tmp_path)
+    with pytest.raises(BadSampleError, match="text is no file"):
+        read_small_file(tmp_path, "text", 100)
