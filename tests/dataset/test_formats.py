@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import BadSampleError, MissingFileError, UserError
+from common.files import MAX_TEXT_BYTES
 from dataset.encodings import guess_encoding
 from dataset.formats import IMAGE_TAG, QUESTIONS, Row, convert, name_format
 from dataset.json_objects import read_values
