@@ -13,6 +13,7 @@ LARGEST_VALUE = 2**28
 DEEPEST_INDENT = 2**10
 # What may stand between two values of a list, or of a file: also byte order marks and zero bytes.
 _BETWEEN = re.compile("[ \t\r\n,\0\xef\xbb\xbf]*")
+_BETWEEN_LISTS = re.compile("[ \t\r\n,\0\xef\xbb\xbf\\[\\]]*")
 _DECODER = json.JSONDecoder()
 
 
@@ -25,18 +26,24 @@ class Value(NamedTuple):
     problem: str
 
 
-def read_values(file: BinaryIO, start: int) -> Iterator[Value]:
+def read_values(file: BinaryIO, start: int, in_lists: bool = False) -> Iterator[Value]:
     """The values from byte `start` on, up to the end of the file or of the list they are in.
+
+    Args:
+        file: the file.
+        start: where the first value is, or what stands before it.
+        in_lists: the file is a list, or several after each other: what is in all of them.
 
     After a damaged one comes the next that begins a line with as many spaces before it.
     """
     # Each byte is read as one character: what JSON is made of is ASCII, and a place in the text is
     # a place in the file.
+    between = _BETWEEN_LISTS if in_lists else _BETWEEN
     file.seek(start)
     text, base, position, is_end = "", start, 0, False
     while True:
         # the start of a value
-        position = _BETWEEN.match(text, position).end()
+        position = between.match(text, position).end()
         if position == len(text) and not is_end:
             base, text, position, is_end = _read_on(file, text, base, position, CHUNK)
             continue
@@ -100,7 +107,7 @@ def _is_cut(error: JSONDecodeError, length: int) -> bool:
 def _find_next(file: BinaryIO, text: str, position: int, base: int, is_end: bool) -> int | None:
     """Byte offset of the next object that begins a line as the damaged one at `position` does."""
     indent = _find_indent(text, position) or "\n"
-    begin = re.compile(rf"{indent}(?=\{{)")
+    begin = re.compile(rf"{indent}\[?(?=\{{)")
     while True:
         found = begin.search(text, position + 1)
         if found:
@@ -108,7 +115,7 @@ def _find_next(file: BinaryIO, text: str, position: int, base: int, is_end: bool
         if is_end:
             return None
         # A part of the pattern may be at the end of what was read.
-        kept = text[-len(indent) :]
+        kept = text[-len(indent) - 1 :]
         more = _read(file, CHUNK)
         base, text, position, is_end = base + len(text) - len(kept), kept + more, -1, not more
 

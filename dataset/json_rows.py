@@ -13,6 +13,7 @@ from dataset.images import ImageFolder, ImageZip
 from dataset.json_objects import CHUNK, Value, find_list, read_values
 from dataset.record_rows import RecordRows, byte_bar
 
+ARRAY = "one JSON array"
 NO_OBJECT = "not a JSON object"
 SPACE = b" \t\r\n"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -114,7 +115,7 @@ class JsonObjectsRows(RecordRows):
 
     def _read_values(self, start: int) -> Iterator[Value]:
         with open(self.path, "rb") as file:
-            yield from read_values(file, start)
+            yield from read_values(file, start, in_lists=self.container == ARRAY)
 
 
 def parse_value(value: Value) -> dict:
@@ -157,35 +158,37 @@ def open_json(
         return lines
     try:
         record = json.loads(first)
-        if not is_alone or (isinstance(record, dict) and name_format(record) != "unknown"):
-            return lines
     except (ValueError, RecursionError):
-        pass
+        record = None
+    if isinstance(record, dict) and (not is_alone or name_format(record) != "unknown"):
+        return lines
 
-    # one list, of which the first value may begin on the next line
+    # one list or several, of which the first value may begin on the next line
     if head[start : start + 1] == b"[":
-        return JsonObjectsRows(path, images, start + 1, "one JSON array")
+        return JsonObjectsRows(path, images, start + 1, ARRAY)
     # an object that has the list
     offset = find_list(head, is_row)
     if offset is not None:
         return JsonObjectsRows(path, images, offset, "a list in a JSON object")
-    # objects that are indented; a line may be longer than the head
+    # objects that are indented, or follow each other; a line may be longer than the head
     with open(path, "rb") as file:
         value = next(read_values(file, start))
         file.seek(start + len(value.text))
-        is_alone = not file.read(CHUNK).strip()
+        rest = file.read(CHUNK)
     try:
         record = parse_value(value)
     except BadSampleError:
         return lines
-    if is_alone and name_format(record) == "unknown":
+    if not rest.strip() and name_format(record) == "unknown":
         keys = ", ".join(record)
         raise UserError(
             f"{path} is one JSON object with the keys {keys:.80}, not rows: write one object a line"
         )
-    if b"\n" not in value.text:
-        return lines
-    return JsonObjectsRows(path, images, start, "indented JSON")
+    if b"\n" in value.text:
+        return JsonObjectsRows(path, images, start, "indented JSON")
+    if rest.lstrip(b" \t\r")[:1] not in (b"\n", b""):
+        return JsonObjectsRows(path, images, start, "JSON without line breaks")
+    return lines
 
 
 def is_row(key: str, value: dict) -> bool:

@@ -291,6 +291,23 @@ def test_a_first_line_that_is_longer_than_what_is_looked_at(tmp_path):
     assert count_rows(tmp_path / "indented.jsonl", None)[1] == {"usable": 2}
 
 
+def test_objects_in_several_lists_or_without_line_breaks(tmp_path):
+    rows = [json.dumps({"conversations": [user(f"{n}?"), assistant("A")]}) for n in range(6)]
+    bad = '{"conversations": 3, "x": }'
+    for name, text, n_bad in (
+        ("each", "\n".join(f"[{row}]" for row in rows), 0),
+        ("each_bad", "\n".join(f"[{row}]" for row in [*rows[:3], bad, *rows[3:]]), 1),
+        ("two", f"[{','.join(rows[:3])}][{','.join(rows[3:])}]", 0),
+        ("lines", f"[{','.join(rows[:3])}]\n[{','.join(rows[3:])}]\n", 0),
+        ("joined", "".join(rows), 0),
+        ("spaced", " ".join(rows), 0),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        found = {"usable": 6} | ({"not a JSON object": n_bad} if n_bad else {})
+        assert count_rows(path, None)[1] == found, name
+
+
 def test_names_with_commas_in_one_text():
     for text, names in {
         "a.jpg": ["a.jpg"], "a.jpg, b.jpg": ["a.jpg", "b.jpg"], "a,b": ["a", "b"],
