@@ -39,8 +39,6 @@ _MODEL_INPUTS = ("input_ids", "labels", "image_token_indices", "label_indices")
 _TENSORS = (*_MODEL_INPUTS, "pixels", "cached_features")
 # Of each loader process: batches that it makes before they are needed.
 BATCHES_AHEAD = 2
-# A picture takes milliseconds: after so long a drive is gone, or the way of the batches is blocked.
-HANGING_SECONDS = 600
 # How many processes read is the user's choice; PyTorch would rather have one for each core.
 warnings.filterwarnings("ignore", "This DataLoader will create")
 
@@ -226,8 +224,6 @@ def make_loader(
         cache: of image features.
         pin_memory: for a GPU, so that copies to it need no wait.
         through_pipes: how batches come from these processes, see shared_memory.py.
-
-    RuntimeError where these processes give nothing for HANGING_SECONDS.
     """
     samples = TrainSamples(dataset, cache)
     return DataLoader(
@@ -238,7 +234,6 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         persistent_workers=num_workers > 0,
-        timeout=HANGING_SECONDS if num_workers else 0,
         worker_init_fn=_start_worker,
     )
 

@@ -22,6 +22,7 @@ from trainer.runtime import Runtime, start_runtime
 from trainer.sampler import StepSampler
 from trainer.schedule import Schedule
 from trainer.shared_memory import is_too_small
+from trainer.stop import limit_wait
 from trainer.validation import validate
 
 
@@ -139,7 +140,7 @@ def optimizer_steps(
             sampler.start_epoch(sampler.epoch + 1)
         batches = iter(loader)
         for _ in range(sampler.steps_left):
-            with meter.timed("data"):
+            with meter.timed("data"), limit_wait():
                 micro_batches = list(itertools.islice(batches, sampler.accumulation_steps))
             yield micro_batches
 

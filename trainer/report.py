@@ -13,7 +13,7 @@ from torch import nn
 
 from common.errors import UserError, list_reasons
 from trainer.advice import write_ask_command
-from trainer.collate import HANGING_SECONDS, Batch
+from trainer.collate import Batch
 from trainer.config import TrainConfig
 from trainer.feature_cache import FeatureCache
 from trainer.meter import LossWatch, Meter
@@ -23,6 +23,16 @@ from trainer.runtime import Runtime
 from trainer.skipped import SkippedRows
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# What DataLoader says -> what that means.
+LOADER_ERRORS = {
+    "Bus error": (
+        "a process that reads data found /dev/shm full: give it more room (docker run --shm-size), "
+        "or lower --num_workers"
+    ),
+    "DataLoader worker": (
+        "a process that reads data died ({error}): lower --num_workers or free some memory"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,8 @@ class Report:
         saved = self.state.describe_newest()
         if isinstance(error, UserError):
             return UserError(f"{error}{saved}")
+
+        # memory and disk
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if is_memory or "allocate memory" in str(error):
             sampler = self.state.sampler
@@ -181,23 +193,12 @@ class Report:
             )
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return UserError(f"a file cannot be written ({error}): free some space{saved}")
-        if "DataLoader timed out" in str(error):
-            return UserError(
-                f"the processes that read data gave nothing for {HANGING_SECONDS} seconds: look "
-                "whether their pictures' drive answers, or give /dev/shm more room (docker run "
-                f"--shm-size); --num_workers 0 reads without them{saved}"
-            )
-        if "Bus error" in str(error):
-            return UserError(
-                "a process that reads data found /dev/shm full: give it more room (docker run "
-                f"--shm-size), or lower --num_workers{saved}"
-            )
-        if "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0]
-            return UserError(
-                f"a process that reads data died ({reason}): lower --num_workers or free some "
-                f"memory{saved}"
-            )
+
+        # loader processes
+        for sign, reason in LOADER_ERRORS.items():
+            if sign in str(error):
+                first_line = str(error).splitlines()[0]
+                return UserError(reason.format(error=first_line) + saved)
         return error
 
     def describe_abort(self, number: int) -> str:

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: one Ctrl-C or SIGTERM ends it after a step, two end it at once."""
+"""How a run ends before its end: Ctrl-C and SIGTERM, once or twice, and data that never come."""
 
 import os
 import signal
@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from common.errors import UserError
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 # A step that takes longer to end than this hangs: a dead network drive, a lost rank.
 PATIENCE = 30.0
+# A picture takes milliseconds: after so long a drive is gone, or the way of the batches is blocked.
+HANGING_SECONDS = 600
 # torchrun sends its ranks the Ctrl-C that they got from the terminal already.
 ECHO_SECONDS = 1.0
 
@@ -62,6 +66,33 @@ class StopSignal:
         self.number, self.is_requested = number, True
         if is_interactive():
             handle_signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def limit_wait() -> Iterator[None]:
+    """UserError where this block waits for data longer than HANGING_SECONDS.
+
+    Where system or thread know no alarms it may wait forever.
+    """
+
+    def give_up(number: int, frame) -> None:
+        raise UserError(
+            f"no data came for {HANGING_SECONDS} seconds: look whether the drive of the pictures "
+            "answers, or give /dev/shm more room (docker run --shm-size); --num_workers 0 reads "
+            "without it"
+        )
+
+    has_alarm = hasattr(signal, "SIGALRM")
+    previous = handle_signal(signal.SIGALRM, give_up) if has_alarm else None
+    if previous is None:
+        yield
+        return
+    signal.alarm(HANGING_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        handle_signal(signal.SIGALRM, previous)
 
 
 def handle_signal(number: int, handler) -> object | None:

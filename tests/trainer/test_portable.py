@@ -56,7 +56,7 @@ def test_imports_need_no_posix(module):
 
 
 def test_rows_with_backslashes_on_a_console_of_ascii(vision_dir, rows_dir, tmp_path):
-    """A console of ASCII shows what it can, and pictures named as Windows writes paths are found."""
+    """It shows what it can; pictures named as Windows writes paths are found."""
     text = (rows_dir / "rows.jsonl").read_text(encoding="utf-8")
     named = text.replace('"image": "', '"image": "images\\\\').replace(", ", ", ")
     (tmp_path / "文字.jsonl").write_text(named.replace("images\\\\", ".\\\\"), encoding="utf-8")

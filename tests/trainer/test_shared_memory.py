@@ -101,8 +101,8 @@ def test_a_run_with_a_tiny_dev_shm_works(options, tmp_path):
 
 HANG = """
 import os, runpy, sys
-import trainer.collate, trainer.report
-trainer.collate.HANGING_SECONDS = trainer.report.HANGING_SECONDS = 3
+import trainer.collate, trainer.stop
+trainer.stop.HANGING_SECONDS = 3
 sys.argv = sys.argv[1:]
 fifo = os.environ["FIFO"]
 trainer.collate.read_image_bytes = lambda image: open(fifo, "rb").read()
@@ -110,12 +110,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_processes_that_give_nothing_are_an_error(options, tmp_path):
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_data_that_never_come_are_an_error(options, tmp_path, n_workers):
     os.mkfifo(tmp_path / "fifo")
-    flags = as_flags(**(options | dict(num_workers=1, out_dir=tmp_path)))
+    flags = as_flags(**(options | dict(num_workers=n_workers, out_dir=tmp_path)))
     env = {"PYTHONPATH": str(ROOT), "FIFO": str(tmp_path / "fifo")}
     finished = run_cold("-c", HANG, "train_sft_vlm.py", *flags, env=env)
     last = finished.stdout.splitlines()[-1]
     assert finished.returncode == 2, finished.stdout
-    assert last.startswith("error: the processes that read data gave nothing for 3 seconds")
+    assert last.startswith("error: no data came for 3 seconds: look whether the drive")
     assert "--num_workers 0" in last and "--shm-size" in last
