@@ -14,14 +14,8 @@ import torch
 from common.errors import UserError
 from common.owner import Owner, sweep_partials
 from model.model_vlm import MiniMindVLM
-from model.weights import (
-    load_weights,
-    read_tensors,
-    read_weights,
-    save_atomically,
-    save_weights,
-    select_weights,
-)
+from model.tensor_files import check_numbers, read_tensors, refusing_damage, save_atomically
+from model.weights import load_weights, read_weights, save_weights, select_weights
 from trainer.config import TrainConfig
 from trainer.glance import find_opening_questions
 from trainer.paths import find_init_weights, list_run_states, run_paths
@@ -31,7 +25,15 @@ from trainer.signature import describe_identity, list_changes, list_differences,
 
 SAVE_SECONDS = 60  # between saves, by default
 # of a run state
-PARTS = {"run", "config", "progress", "epoch", "samples_taken", "optimizer", "weights"}
+PARTS = {
+    "run": dict,
+    "config": dict,
+    "progress": dict,
+    "epoch": int,
+    "samples_taken": int,
+    "optimizer": dict,
+    "weights": dict,
+}
 
 
 @dataclass
@@ -128,9 +130,7 @@ class RunState:
             return None, found
         while found:
             try:
-                state = read_tensors(found[-1])
-                if not isinstance(state, dict) or PARTS - state.keys():
-                    raise UserError(f"{found[-1]} holds weights or something else, no run state")
+                state = read_run_state(found[-1])
             except UserError as error:
                 self.runtime.print(f"passed over: {error}")
                 found.pop()
@@ -237,3 +237,22 @@ class RunState:
             step=self.progress.step,
             val_loss=self.progress.val_loss,
         )
+
+
+def read_run_state(path: Path) -> dict:
+    """What `RunState.save` wrote; UserError where it is damaged, holds nan, or is something else.
+
+    Going on from nan would write weights of nan as if nothing were wrong.
+    """
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in PARTS.items()
+    ):
+        raise UserError(f"{path} holds weights or something else, no run state")
+    with refusing_damage(path):
+        Progress(**state["progress"])
+        check_numbers(state["weights"], path)
+        for number, averages in state["optimizer"]["state"].items():
+            named = {f"{name} of parameter {number}": one for name, one in averages.items()}
+            check_numbers(named, path)
+    return state
