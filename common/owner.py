@@ -77,6 +77,18 @@ def sweep_partials(folder: Path, start: str) -> None:
                 path.unlink()
 
 
+def live_with_parent() -> None:
+    """In a worker: live as long as the process that started it.
+
+    Not shorter: Ctrl-C reaches every process of a terminal, and the main one saves first. Not
+    longer: see `follow_parent`.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    follow_parent()
+
+
 def follow_parent() -> None:
     """From now on SIGTERM comes when the process that started this one is gone.
 

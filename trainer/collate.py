@@ -27,12 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
-from common.owner import follow_parent
+from common.owner import live_with_parent
 from model.labels import IGNORE_INDEX, find_labels
 from model.model_vlm import find_image_tokens
 from trainer.feature_cache import FeatureCache
 from trainer.sampler import StepSampler
-from trainer.stop import leave_signals_to_main
 
 # What the model's forward pass takes, but for the image features.
 _MODEL_INPUTS = ("input_ids", "labels", "image_token_indices", "label_indices")
@@ -239,7 +238,5 @@ def make_loader(
 
 
 def _start_worker(worker: int) -> None:
-    """Live as long as the main process: not shorter, since it saves first, and not longer."""
-    leave_signals_to_main()
-    follow_parent()
+    live_with_parent()
     torch.set_num_threads(1)

@@ -107,13 +107,6 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1")
 
 
-def leave_signals_to_main() -> None:
-    """In a loader worker: Ctrl-C reaches every process of a terminal; it waits for the main one."""
-    signal.set_wakeup_fd(-1)
-    handle_signal(signal.SIGINT, signal.SIG_IGN)
-    handle_signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _watch(receiver: socket.socket, describe: Callable[[int], str]) -> None:
     """End the process at a second signal, or PATIENCE seconds after the first."""
     with receiver:

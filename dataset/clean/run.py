@@ -1,6 +1,5 @@
 """A cleaning from start to end: examine rows, then pictures, in worker processes; decide; write."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,12 +10,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.owner import Owner, live_with_parent
 from dataset.clean.decide import Decision, Found, number_pictures
 from dataset.clean.examine import PICTURE, examine_pictures, examine_rows, open_source
 from dataset.clean.report import write_report
@@ -33,7 +32,7 @@ def clean(settings: Settings) -> None:
     out = Path(settings.out)
     try:
         source = open_source(settings.data, settings.images)
-        images = getattr(source, "image_source", None)
+        images = source.image_source
         if isinstance(images, ImageFolder) and not images.path.is_dir():
             raise UserError(f"no image folder {images.path}, nor a .zip of that name: see --images")
         if not len(keys := source.keys()):
@@ -62,20 +61,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which becomes `out` when the block ends without an error."""
     resolved = out.resolve()
     hidden = resolved.with_name(f".{resolved.name}.partial")
-    if out.exists():
-        if not out.is_dir() or any(out.iterdir()):
-            raise UserError(f"{out} is not empty: choose a new folder")
-        resolved.rmdir()
-    if hidden.exists():
-        print(f"an earlier cleaning into {out} was interrupted; starting anew", flush=True)
-        shutil.rmtree(hidden)
-    hidden.mkdir(parents=True)
+    owner = Owner(hidden.with_suffix(".lock"), f"{out}: wait for it, or choose another folder")
     try:
+        if out.exists():
+            if not out.is_dir() or any(out.iterdir()):
+                raise UserError(f"{out} is not empty: choose a new folder")
+            resolved.rmdir()
+        if hidden.exists():
+            print(f"an earlier cleaning into {out} was interrupted; starting anew", flush=True)
+            shutil.rmtree(hidden)
+        hidden.mkdir(parents=True)
         yield hidden
         os.replace(hidden, resolved)
-    except BaseException:
+    finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        raise
+        owner.release()
 
 
 def examine(settings: Settings, keys: np.ndarray, work: Path) -> Found:
@@ -121,7 +121,7 @@ def run_chunks(
 @contextmanager
 def start_workers(n_processes: int) -> Iterator[ProcessPoolExecutor]:
     """Worker processes. After an error they end with the chunk that they are at."""
-    pool = ProcessPoolExecutor(n_processes, initializer=follow_main)
+    pool = ProcessPoolExecutor(n_processes, initializer=live_with_parent)
     try:
         yield pool
     finally:
@@ -139,17 +139,6 @@ def delay_ctrl_c() -> Iterator[None]:
     finally:
         if can_delay:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def follow_main() -> None:
-    """In a worker: leave Ctrl-C to the main process, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def print_summary(settings: Settings, summary: dict) -> None:

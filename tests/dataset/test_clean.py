@@ -4,6 +4,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -19,6 +21,7 @@ from dataset.mixture import open_data
 from scripts.bench.clean import COPIES, plant, score
 from tests.dataset.test_rows import write_parquet, write_zip
 from tests.helpers import (
+    ROOT,
     SHARED,
     assistant,
     needs_shared,
@@ -282,6 +285,23 @@ def test_ctrl_c_stops_in_one_line_and_what_is_asked_for_stays(raw, tmp_path):
     printed = clean(raw, tmp_path / "all", *flags)
     assert "text is repeated" not in printed and "copy" not in printed
     assert "image damaged" in printed
+
+
+def test_two_cleanings_into_one_folder(tmp_path, monkeypatch):
+    """The second is refused, and the work of the first stays."""
+    hold = "import sys, time\nfrom pathlib import Path\nfrom dataset.clean.run import new_folder\n"
+    hold += "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n"
+    hold += "    sys.stdin.readline()\n"
+    command = [sys.executable, "-c", hold, str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    monkeypatch.setattr("common.owner.LOCK_SECONDS", 0.2)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
+        folder = Path(first.stdout.readline().strip())
+        message = r"^process \d+ .* writes .*out: wait for it, or choose another folder"
+        with pytest.raises(UserError, match=message), run.new_folder(tmp_path / "out"):
+            pass
+        assert folder.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def die(*arguments) -> None:
