@@ -63,8 +63,11 @@ def count_bytes(config: VLMConfig) -> int:
 
 def check_memory(n_bytes: int) -> None:
     """UserError where the weights alone are more than this machine's memory."""
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        # On a bare image of packages nobody knows.
+        return
     memory = psutil.virtual_memory().total
     if n_bytes > memory:
         raise UserError(

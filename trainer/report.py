@@ -67,10 +67,12 @@ def describe_run(
     )
     runtime.print(textwrap.fill(f"config: {options}", 100, subsequent_indent="  "))
     source = f" of {' '.join(config.data_path)}" if config.data_path else ""
+    text_only = train_data.text_only
+    source += f", {text_only:,} of them text only" if text_only else ""
     epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
     runtime.print(
         f"trainable: {sum(parameter.numel() for parameter in trainable):,} parameters\n"
-        f"data: {len(train_data):,} rows{source}, {train_data.text_only:,} of them text only\n"
+        f"data: {len(train_data):,} rows{source}\n"
         f"format: {', '.join(train_data.formats)}\n"
         f"steps: {total_steps:,} of {sampler.step_size} samples ({sampler.batch_size} x "
         f"{sampler.accumulation_steps} accumulation x {runtime.world_size} devices), {epochs}"
