@@ -24,8 +24,8 @@ ZEROS = {
 }
 # What files of these parts of the world are in, as iconv calls it: how Python calls it, and the
 # letters that most texts there have most of.
-CHINESE = "的一是在不了有和人中大上我以到他生地出就分成可主年工也能下子而方多行民之等部度家力如水二理起小明"
-KANA = "あいうえおかがきくけこさしすせそただちっつてでとどなにのはばひべまみめもやよらりるれろわをんアイウスタトフラリルレンー"
+CHINESE = "的一是在不了有和人中大上我以到他生地出就分成可主年工也能下子而方多行之等部"
+KANA = "いうかがきくけこさしすせそただちってでとなにのはまみもよらりるれわをんイストラリルンー"
 CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэф"
 OTHERS = {
     "WINDOWS-1252": ("cp1252", "éèàêçôîûùâïëœüöäßñáíóúãõåæø’‘“”…–—«»°€£"),
@@ -35,7 +35,7 @@ OTHERS = {
     "BIG5": ("big5", CHINESE + "這為個國們來時對發動說種面後學過還沒圖片紅貓，。、！？：；「」"),
     "SHIFT_JIS": ("shift_jis", KANA + "、。"),
     "EUC-JP": ("euc_jp", KANA + "、。"),
-    "CP949": ("cp949", "이다는의을에가를은고하지한기로도서사리해인있어나과대들수자그일시정제게보니아라만면적"),
+    "CP949": ("cp949", "이다는의을에가를은고하지한기로도서사리해인있어나과대들수자그"),
 }
 # Letters of another alphabet that follow each other, as they never do in Western Europe.
 THREE_LETTERS = re.compile(r"[^\W\d_a-zA-Z]{3}")

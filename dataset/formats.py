@@ -22,41 +22,61 @@ from typing import NamedTuple
 
 from common.errors import BadSampleError
 from dataset.language import is_chinese
-from dataset.row_images import find_image_key, find_named_keys, read_images, simplify_key
+from dataset.row_images import (
+    find_image_key,
+    find_named_keys,
+    is_name,
+    read_images,
+    read_list,
+    simplify_key,
+)
 
 # That of model/processing.py, which would import PyTorch.
 IMAGE_TAG = "<image>"
-PUBLISHED = "conversations", "image"
+PUBLISHED = "conversations", "image", "image_bytes"
 EMPTY = None, "", []
 SHORT_NAME = 64  # shorter than any base64
+# In a text that may be more than one name: several, a list, a URL.
+SPECIAL = re.compile(r"[,:\[]")
 # Names of repairs.
 PUT_IN_FRONT = "<image> put in front"
 SURPLUS_DROPPED = "surplus <image> dropped"
 
-CHAT_KEYS = "conversations", "messages", "conversation", "dialogue", "dialog", "chat", "texts"
+CHAT_KEYS = (
+    *("conversations", "messages", "conversation", "dialogue", "dialog", "chat", "texts"),
+    *("qas", "qapairs"),
+)
 QUESTION_KEYS = "query", "question", "instruction", "prompt", "problem", "user"
 ANSWER_KEYS = (
     *("response", "answer", "output", "completion", "answers", "multiplechoiceanswer"),
-    *("solution", "assistant"),
+    *("solution", "assistant", "chosen"),
 )
 CAPTION_KEYS = (
     *("caption", "captions", "text", "txt", "description", "sentence", "sentences", "texts"),
-    *("imagecaption", "comment", "alttext", "alt", "blipcaption", "prompt", "title"),
+    *("imagecaption", "comment", "alttext", "alt", "blipcaption", "prompt", "title", "raw"),
+    *("captionstr",),
 )
+# Where the words of a caption are, if it is an object.
+CAPTION_TEXTS = "raw", "caption", "text"
+# What nothing here can show to a model.
+OTHER_MEDIA = {"video", "videos", "videopath", "audio", "audios", "audiopath"}
 # Names of the two sides in other sets.
 ROLES = {
     **dict.fromkeys(("user", "human", "usr", "prompter", "question", "instruction"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "answer"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 # What stands for a picture in the text of other sets.
 OTHER_TAG = re.compile(
     r"<img>[^<>\n]{0,500}</img>"
     r"|(?:<\|vision_start\|>\s*)?(?:<\|image_pad\|>)+(?:\s*<\|vision_end\|>)?"
-    r"|<\|?(?:image|img|picture)(?:[ _-]?(?:pad|placeholder|soft_token|token|here|\d{1,3}))*\|?>"
+    r"|<\|?(?:image|img|picture)(?:[ _-]?(?:pad|placeholder|soft_token|token|here|\d{1,3}))*"
+    r"\s?/?\|?>"
     r"|<start_of_image>|<ImageContent>|\[(?:IMG|IMAGE)\]",
     re.IGNORECASE,
 )
+# A picture that is named in the text itself, as Qwen-VL has it.
+NAMED_TAG = re.compile(r"<img>([^<>\n]{1,500})</img>")
 # Asked about a picture that comes with a caption only.
 QUESTIONS = (
     "What is in this picture?",
@@ -118,6 +138,9 @@ def convert(record: dict) -> Row:
     # text and pictures, wherever they are
     text = _read_text(record)
     rest = {name: value for name, value in record.items() if name not in text.keys}
+    for name, value in rest.items():
+        if value and (kind := simplify_key(name)) in OTHER_MEDIA:
+            raise BadSampleError(f"{kind[:5]} is not supported", f"{name}: {value!r:.60}")
     key = find_image_key(rest, is_shown=_has_tag(text.turns))
     images = [] if key is None else read_images(record[key], key)
     if text.images:
@@ -134,9 +157,23 @@ def convert(record: dict) -> Row:
 
 def _read_published(record: dict) -> Row | None:
     """A row of one picture as the published sets have it; None for any other one."""
-    image, turns, n_tags = record.get("image"), record.get("conversations"), 0
-    is_one_name = type(image) is str and image.isascii() and "," not in image and ":" not in image
-    if not is_one_name or type(turns) is not list or len(image) > SHORT_NAME:
+    # the file of the picture, or its name
+    image, turns, n_tags = record.get("image_bytes"), record.get("conversations"), 0
+    if image is None:
+        image = record.get("image")
+        is_one_name = type(image) is str and image.isascii() and not SPECIAL.search(image)
+        if not is_one_name or len(image) > SHORT_NAME:
+            return None
+    elif type(image) is not bytes:
+        return None
+
+    # turns of two roles, as a list or its JSON
+    if type(turns) is str:
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            return None
+    if type(turns) is not list:
         return None
     for turn in turns:
         if type(turn) is not dict or type(content := turn.get("content")) is not str:
@@ -149,6 +186,8 @@ def _read_published(record: dict) -> Row | None:
     if not image or not n_tags:
         return None
     other = {} if len(record) == 2 else {key: record[key] for key in record if key not in PUBLISHED}
+    if not OTHER_MEDIA.isdisjoint(other):
+        return None
     return Row(turns, [image], other)
 
 
@@ -193,9 +232,10 @@ def _match_tags(turns: list[dict], images: list[str | bytes], record: dict) -> l
 
     BadSampleError where a tag stands for a picture that is not there.
     """
-    if count_tags(turns):
-        if not images:
-            raise BadSampleError("<image> but no image", _explain_keys(record))
+    n_tags = count_tags(turns)
+    if n_tags and not images:
+        raise BadSampleError("<image> but no image", _explain_keys(record))
+    if n_tags and n_tags >= len(images):
         return turns
     users = _user_turns(turns)
     tags = [tag for index in users for tag in OTHER_TAG.findall(turns[index]["content"])]
@@ -255,9 +295,10 @@ def _read_chat(record: dict) -> Text | None:
     """A list of turns: conversations, messages, ..."""
     key = _find_key(record, CHAT_KEYS)
     if key is None:
-        if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
-            turns = _read_turns(record["prompt"] + record["completion"])
-            return Text("prompt/completion", ("prompt", "completion"), *turns)
+        answer = "completion" if "completion" in record else "chosen"
+        if isinstance(record.get("prompt"), list) and isinstance(record.get(answer), list):
+            turns = _read_turns(record["prompt"] + record[answer])
+            return Text(f"prompt/{answer}", ("prompt", answer), *turns)
         return None
     value, name = record[key], simplify_key(key)
     if isinstance(value, str) and name != "texts":
@@ -279,7 +320,10 @@ def _read_json(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadSampleError("not a JSON object", f"{error}: {text[:60]}") from error
+        listed = read_list(text)
+        if listed is None:
+            raise BadSampleError("not a JSON object", f"{error}: {text[:60]}") from error
+        return listed
 
 
 def _read_turns(turns: list) -> tuple[list[dict], list]:
@@ -288,10 +332,28 @@ def _read_turns(turns: list) -> tuple[list[dict], list]:
     for index, turn in enumerate(turns):
         for role, content in _split_turn(turn, index):
             text, shown = _read_content(content, index)
-            images += shown
             role = ROLES.get(role.casefold(), role) if isinstance(role, str) else None
+            if role != "assistant":
+                # pictures that the turn has beside its text, or names in it
+                own = _read_own_images(turn)
+                text = f"{IMAGE_TAG}\n" * (len(own) - text.count(IMAGE_TAG)) + text
+                shown += own + read_images([*filter(is_name, NAMED_TAG.findall(text))], "img")
+                text = NAMED_TAG.sub(_name_to_tag, text)
+            images += shown
             read.append({"role": role, "content": text} if role else {"content": text})
     return read, images
+
+
+def _read_own_images(turn: object) -> list[str | bytes]:
+    """The pictures that a turn has beside its content."""
+    if not isinstance(turn, dict):
+        return []
+    key = next((key for key in ("image", "images") if turn.get(key)), None)
+    return [] if key is None else read_images(turn[key], key)
+
+
+def _name_to_tag(match: re.Match) -> str:
+    return IMAGE_TAG if is_name(match[1]) else match[0]
 
 
 def _split_turn(turn: object, index: int) -> Iterator[tuple[object, object]]:
@@ -322,8 +384,7 @@ def _read_content(content: object, index: int) -> tuple[str, list]:
         raise BadSampleError("turn without text content", f"turn {index}")
     lines, images = [], []
     for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
+        kind, text = _name_part(part) if isinstance(part, dict) else ("text", part)
         if isinstance(text, str) and kind in ("text", "input_text", "output_text", None):
             lines.append(text)
         elif isinstance(kind, str) and "image" in kind:
@@ -333,6 +394,13 @@ def _read_content(content: object, index: int) -> tuple[str, list]:
         else:
             raise BadSampleError("turn without text content", f"turn {index}: {kind!r:.60}")
     return "\n".join(lines), images
+
+
+def _name_part(part: dict) -> tuple[object, object]:
+    """(what kind a part of a turn is, its text); parts of Qwen-VL have no type."""
+    key = next((key for key in ("text", "content", "value") if isinstance(part.get(key), str)), "")
+    is_picture = "type" not in part and any("image" in name for name in part)
+    return "image" if is_picture else part.get("type"), part.get(key)
 
 
 def _find_key(record: dict, names: tuple[str, ...]) -> str | None:
@@ -348,6 +416,10 @@ def _read_question(record: dict) -> Text | None:
         return None
     keys = [question, answer]
     asked, given = record[question], choose_answer(record[answer])
+    choices = record.get("choices") or record.get("options")
+    if type(record[answer]) is int and isinstance(choices, list):
+        # the number of the right one
+        given = dict(enumerate(choices)).get(record[answer])
     if question == "instruction" and isinstance(record.get("input"), str) and record["input"]:
         asked, keys = f"{asked}\n{record['input']}", [*keys, "input"]
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": given}]
@@ -380,13 +452,24 @@ def _read_caption(record: dict) -> Text | None:
     ):
         return None
     caption, seed = record[key], zlib.crc32(repr(sorted(record)).encode())
+    if isinstance(caption, str):
+        caption = read_list(caption) or caption
     if isinstance(caption, list):
-        captions = [one for one in caption if isinstance(one, str) and one.strip()]
+        texts = [*map(_read_caption_text, caption)]
+        captions = [one for one in texts if isinstance(one, str) and one.strip()]
         caption = captions[seed % len(captions)] if captions else None
     if not isinstance(caption, str):
-        raise BadSampleError("turn without text content", f"{key} is {reprlib.repr(caption)}")
+        shown = reprlib.repr(record[key])
+        raise BadSampleError("turn without text content", f"{key} is {shown}")
     questions = CHINESE_QUESTIONS if is_chinese(caption) else QUESTIONS
     seed = zlib.crc32(caption.encode("utf-8", "backslashreplace"), seed)
     question = f"{IMAGE_TAG}\n{questions[seed % len(questions)]}"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
     return Text("captions", (key,), turns, [])
+
+
+def _read_caption_text(caption: object) -> object:
+    """The words of one of several captions."""
+    if isinstance(caption, dict):
+        return next((caption[key] for key in CAPTION_TEXTS if key in caption), None)
+    return caption

@@ -208,6 +208,77 @@ def test_a_row_of_each_format(record, name, images):
     assert row.conversations[1]["content"] == "A cat."
 
 
+ENCODED = b"GIF89a" + bytes(range(256))
+IN_BASE64 = base64.b64encode(ENCODED).decode()
+ANSWER = assistant("A cat.")
+
+
+@pytest.mark.parametrize(
+    ("record", "images"),
+    [
+        # pictures in the turns, and in their text
+        ({"messages": [user("What?") | {"images": ["a.jpg"]}, ANSWER]}, ["a.jpg"]),
+        ({"messages": [user("<image>\nWhat?") | {"image": "a.jpg"}, ANSWER]}, ["a.jpg"]),
+        ({"conversations": [user("<img>a.jpg</img>\nWhat?"), ANSWER]}, ["a.jpg"]),
+        ({"messages": [user([{"image": "a.jpg"}, {"text": "What?"}]), ANSWER]}, ["a.jpg"]),
+        (
+            {"messages": [user([{"image_url": {"url": "a.jpg"}}, TEXT_PART]), ANSWER]},
+            ["a.jpg"],
+        ),
+        (
+            {"messages": [user([IMAGE_PART, {"type": "text", "content": "What?"}]), ANSWER],
+             "images": ["a.jpg"]},
+            ["a.jpg"],
+        ),
+        # lists that are written as text, objects with a name for each tag
+        ({"image": "['a.jpg']", "conversations": str(TURNS)}, ["a.jpg"]),
+        ({"images": '["a, b.jpg"]', "conversations": TURNS}, ["a, b.jpg"]),
+        ({"image": {"<image_00>": "a.jpg"}, "conversations": TURNS}, ["a.jpg"]),
+        # files as text or numbers, under any key
+        ({"image": {"bytes": [*ENCODED]}, "conversations": TURNS}, [ENCODED]),
+        ({"img_b64": IN_BASE64, "question": "What?", "answer": "A cat."}, [ENCODED]),
+        ({"thumb": IN_BASE64, "question": "What?", "answer": "A cat."}, [ENCODED]),
+        (
+            {"image": base64.urlsafe_b64encode(b"\0\xff\xfe" * 99).decode().rstrip("="),
+             "conversations": TURNS},
+            [b"\0\xff\xfe" * 99],
+        ),
+        ({"image": "a.jpg", "image_bytes": ENCODED, "conversations": TURNS}, [ENCODED]),
+        # nothing, in several ways, under the first key
+        ({"image": {"bytes": None, "path": ""}, "path": "a.jpg", "messages": TURNS}, ["a.jpg"]),
+        ({"image": float("nan"), "img": "a.jpg", "messages": TURNS}, ["a.jpg"]),
+        ({"image": "file:///a%20b.jpg", "conversations": TURNS}, ["/a b.jpg"]),
+        # other names for roles and answers
+        ({"image": "a.jpg", "question": "What?", "choices": ["A dog.", "A cat."], "answer": 1},
+         ["a.jpg"]),
+        ({"image": "a.jpg", "qas": [{"question": "What?", "answer": "A cat."}]}, ["a.jpg"]),
+        ({"image": "a.jpg", "prompt": [user("What?")], "chosen": [ANSWER]}, ["a.jpg"]),
+    ],
+)  # fmt: skip
+def test_what_other_sets_have_in_other_places(record, images):
+    row = convert(record)
+    assert row.images == images
+    assert row.conversations == [user("<image>\nWhat?"), ANSWER]
+
+
+def test_captions_in_lists_and_objects():
+    for captions in ("['A cat.']", '["A cat."]', [{"raw": "A cat.", "tokens": []}]):
+        row = convert({"filename": "a.jpg", "sentences": captions})
+        assert row.conversations[1] == ANSWER and row.images == ["a.jpg"]
+
+
+def test_what_is_no_picture_is_not_trained_as_text():
+    for key in ("video", "videos", "audio_path"):
+        with pytest.raises(BadSampleError, match=f"{key[:5]} is not supported"):
+            convert({key: ["a.mp4"], "messages": [user("What?"), ANSWER]})
+    # a row of text that has the keys of other rows
+    for value in (None, float("nan"), "", [None], {"bytes": None}):
+        row = convert({"id": "7.jpg", "image": value, "messages": [user("What?"), ANSWER]})
+        assert row.images == [] and row.conversations == [user("What?"), ANSWER]
+    with pytest.raises(BadSampleError, match="image is a URL"):
+        convert({"conversations": [user("<img>http://x.org/a.jpg</img> What?"), ANSWER]})
+
+
 def test_a_caption_gets_a_question_in_its_language():
     for key in ("caption", "text", "Description", "captions"):
         rows = [convert({"file_name": f"{n}.jpg", key: f"A cat, {n}."}) for n in range(60)]
@@ -412,8 +483,11 @@ def photos(tmp_path):
         ("a.csv", "sep=;\r\nimage;caption\r\n0.jpg;A, or B\r\n", {"usable": 1}),
         ("a.csv", 'image, caption\n0.jpg, "A, or B"\n1.jpg,B,\n', {"usable": 2}),
         ("a.tsv", "A cat.\t0.jpg\nA dog.\t1.jpg\n", {"usable": 2}),
-        ("a.csv", 'image,conversations\n0.jpg,"[{""content"":""?""},{""content"":""A""}]"\n',
-         {"usable": 1}),
+        (
+            "a.csv",
+            'image,conversations\n0.jpg,"[{""content"":""?""},{""content"":""A""}]"\n',
+            {"usable": 1},
+        ),
         # a quotation mark that is not closed, and one inside a field, cost one row each
         ("a.csv", 'image,caption\n0.jpg,"A\n1.jpg,B\n0.jpg,C\n', {"usable": 2, "row damaged": 1}),
         ("a.tsv", 'image\tcaption\n0.jpg\t"A" or B\n1.jpg\tB\n', {"usable": 1, "row damaged": 1}),
