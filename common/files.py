@@ -115,9 +115,9 @@ def read_small_file(source: str | Path | BinaryIO, what: str, limit: int) -> byt
 
 
 def check_size(n_bytes: int, what: str, limit: int, name: str | Path = "") -> None:
-    """BadSampleError where a file has more bytes than `limit`."""
+    """BadSampleError where something has more bytes than `limit`."""
     if n_bytes > limit:
-        detail = f"its file has over {limit // 2**20} MB"
+        detail = f"it has over {limit // 2**20} MB"
         raise BadSampleError(f"{what} too large", f"{name}: {detail}" if name else detail)
 
 

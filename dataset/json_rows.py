@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import BadSampleError, UserError
+from common.files import check_size
 from dataset.formats import CHAT_KEYS, name_format
 from dataset.images import ImageFolder, ImageZip
-from dataset.json_objects import CHUNK, Value, find_list, read_values
+from dataset.json_objects import CHUNK, LARGEST_VALUE, Value, find_list, read_values
+from dataset.lines import name_lines, read_line, read_lines
 from dataset.record_rows import RecordRows, byte_bar
 
 ARRAY = "one JSON array"
@@ -45,30 +47,21 @@ class JsonLinesRows(RecordRows):
         return {"line": self._read_line(key).decode("utf-8", "backslashreplace").rstrip("\r\n")}
 
     def name_places(self, keys: list[int]) -> list[str]:
-        # Line breaks are counted once, from the first row to the last, a megabyte at a time.
-        n_lines, position, names = 1, 0, {}
-        with open(self.path, "rb") as file:
-            for offset in sorted(keys):
-                while position < offset:
-                    part = file.read(min(offset - position, 2**20))
-                    n_lines += part.count(b"\n")
-                    position += len(part)
-                names[offset] = f"line {n_lines}"
-        return [names[offset] for offset in keys]
+        return name_lines(self.path, keys)
 
     def _read_line(self, offset: int) -> bytes:
         # Opened each time: an open file could not be sent to the workers of a loader.
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return file.readline()
+            return read_line(file)
 
     def _read_lines(self) -> Iterator[tuple[int, bytes]]:
         """(offset, line) of every line, blank ones too."""
         offset = 0
         with open(self.path, "rb") as file:
-            for line in file:
+            for n_bytes, line in read_lines(file):
                 yield offset, line
-                offset += len(line)
+                offset += n_bytes
 
 
 class JsonObjectsRows(RecordRows):
@@ -127,6 +120,7 @@ def parse_value(value: Value) -> dict:
 
 def parse_object(text: bytes) -> dict:
     """The object that a text holds; BadSampleError where it holds something else."""
+    check_size(len(text), "row", LARGEST_VALUE)
     # Some editors put a mark before the first line that is no part of it.
     try:
         record = json.loads(text.removeprefix(BYTE_ORDER_MARK).decode())

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
+from common.files import check_size
 from dataset.formats import has_text
 from dataset.images import ImageFolder, ImageZip
+from dataset.json_objects import LARGEST_VALUE
+from dataset.lines import name_lines, read_lines
 from dataset.record_rows import RecordRows, byte_bar
 from dataset.row_images import is_name
 
@@ -64,16 +67,11 @@ class TableRows(RecordRows):
         _, end, _ = self._read(key)
         with open(self.path, "rb") as file:
             file.seek(key)
-            line = file.read(end - key)
+            line = file.read(min(end - key, LARGEST_VALUE))
         return {"line": line.decode("utf-8", "backslashreplace").rstrip("\r\n")}
 
     def name_places(self, keys: list[int]) -> list[str]:
-        n_lines, position, names = 1, 0, {}
-        with open(self.path, "rb") as file:
-            for offset in sorted(keys):
-                n_lines += count_lines(file, position, offset)
-                position, names[offset] = offset, f"line {n_lines}"
-        return [names[offset] for offset in keys]
+        return name_lines(self.path, keys)
 
     def _read(self, key: int) -> tuple[int, int, list[str] | BadSampleError]:
         with open(self.path, "rb") as file:
@@ -90,17 +88,6 @@ class TableRows(RecordRows):
         return {name: field for name, field in zip(self.columns, fields) if field.strip()}
 
 
-def count_lines(file: BinaryIO, start: int, end: int) -> int:
-    """Line breaks between two places of a file, counted a megabyte at a time."""
-    file.seek(start)
-    n_lines = 0
-    while start < end:
-        part = file.read(min(end - start, 2**20))
-        n_lines += part.count(b"\n")
-        start += len(part)
-    return n_lines
-
-
 def read_fields(
     file: BinaryIO, start: int, delimiter: str
 ) -> Iterator[tuple[int, int, list[str] | BadSampleError]]:
@@ -114,10 +101,11 @@ def read_fields(
 
     def lines() -> Iterator[str]:
         # `csv` asks for one line after the other, and for no more than a row has.
-        for line in file:
-            ends.append(ends[-1] + len(line))
+        for n_bytes, line in read_lines(file):
+            ends.append(ends[-1] + n_bytes)
             if len(ends) > MOST_LINES:
                 return
+            check_size(len(line), "row", LARGEST_VALUE)
             yield line.decode("utf-8-sig", "surrogateescape")
 
     while True:
@@ -132,9 +120,10 @@ def read_fields(
                     yield ends[0], ends[-1], fields
         except StopIteration:
             return
-        except csv.Error as error:
+        except (csv.Error, BadSampleError) as error:
             ends = ends[:2]
-            yield *ends, BadSampleError("row damaged", str(error))
+            is_known = isinstance(error, BadSampleError)
+            yield *ends, error if is_known else BadSampleError("row damaged", str(error))
 
 
 def open_table(path: Path, images: ImageFolder | ImageZip | None, head: bytes) -> TableRows | None:

@@ -662,22 +662,23 @@ def test_shards_of_webdataset(tmp_path, processor):
     write_shard(
         tmp_path / "part-0.tar",
         {
-            "0000.jpg": encoded(0), "0000.txt": b"A cat", "0000.cls": b"3",
+            "0000.jpg": encoded(0), "0000.txt": b"A cat", "0000.cls": b"3", "0000.a.png": b"mask",
             "0001.json": texts.encode(), "0001.png": encoded(1),
             "0002.txt": b"no picture", f"{long}.jpg": encoded(2), f"{long}.txt": b"A long name",
             "0003.jpg": b"damaged", "0003.txt": b"A bird",
             "0004.l.jpg": encoded(1), "0004.r.jpg": encoded(2),
             "0004.json": json.dumps([user("<image><image>?"), assistant("Two")]).encode(),
+            "0005.jpg": encoded(0), "0006.jpg": encoded(1), "0006.txt": b"\xcd\xbc",
         },
     )  # fmt: skip
     write_shard(tmp_path / "part-1.tar", {"0.jpg": encoded(0), "0.txt": b"A cat again"})
     data = open_data([f"{tmp_path}/part-*.tar"], None, processor, 200)
     answers = [data.read(n)[0].conversations[1]["content"] for n in range(len(data))]
     assert answers == ["A cat", "A dog", "A long name", "A bird", "Two", "A cat again"]
-    assert dict(data.skipped) == {"no conversation": 1} and (data.n_images, data.n_pictures) == (
-        7,
-        4,
-    )
+    assert data.skipped == {
+        "no conversation": 1, "image without a text behind it": 1, "text is not UTF-8": 1
+    }  # fmt: skip
+    assert (data.n_images, data.n_pictures) == (7, 4)
     assert [len(data[n]["pixel_values"]) for n in (0, 2, 4, 5)] == [1, 1, 2, 1]
     with pytest.raises(BadSampleError, match="image damaged"):
         data[3]
@@ -722,3 +723,27 @@ def test_a_shard_may_name_pictures_of_a_folder(tmp_path, photos, processor):
     assert open_data([str(path)], [str(photos)], processor, 200).n_images == 1
     with pytest.raises(UserError, match=r"no usable row \(1 image missing\); the image folder"):
         open_data([str(path)], [str(tmp_path / "nowhere")], processor, 200)
+
+
+@pytest.mark.parametrize("chunk", [16, 2**20])
+def test_a_line_without_end_is_one_row(photos, monkeypatch, chunk):
+    """However long it is, only its beginning is in memory."""
+    for module in ("json_objects", "json_rows", "lines", "table_rows"):
+        monkeypatch.setattr(f"dataset.{module}.LARGEST_VALUE", 100)
+    monkeypatch.setattr("dataset.lines.CHUNK", chunk)
+    for name, head, good in (
+        ("a.jsonl", "", '{"image": "0.jpg", "text": "A"}\n'),
+        ("a.csv", "image,caption\n", "0.jpg,A\n"),
+    ):
+        long = good.replace("A", "A" * 300)
+        path = photos.parent / name
+        path.write_text(head + good + long + good + long.strip(), "utf-8")
+        assert count_rows(path, photos)[1] == {"usable": 2, "row too large": 2}
+        rows = open_rows(path, photos)
+        keys = [key for key, _, row in rows.scan()]
+        first = 1 + head.count("\n")
+        assert rows.name_places(keys) == [f"line {first + n}" for n in range(4)]
+        with pytest.raises(BadSampleError, match="row too large"):
+            rows.read(keys[1])
+        assert rows.read(keys[2]) == rows.read(keys[0])
+        assert len(rows.read_raw(keys[1])["line"]) <= 101
