@@ -161,7 +161,7 @@ def _write_copy(path: Path, files: list[Path], stamped: str) -> None:
         encoder = json.JSONEncoder(ensure_ascii=False, default=pictures.replace)
         for record in read_records(path):
             if isinstance(record, dict):
-                record = {key: _decode_images(value, key) for key, value in record.items()}
+                record = {key: _decode(value, key) for key, value in record.items()}
             rows.add(encoder.encode(record).encode())
             if len(rows) % PICTURES == 0:
                 _check_disk(path, folder)
@@ -169,18 +169,18 @@ def _write_copy(path: Path, files: list[Path], stamped: str) -> None:
         pictures.close()
 
 
-def _decode_images(value: object, key: str) -> object:
-    """Pictures that are written as base64, as bytes; anything else as it is."""
-    if isinstance(value, list):
-        return [_decode_images(one, key) for one in value]
-    is_long = isinstance(value, str) and len(value) > LONGEST_NAME
-    if not is_long or simplify_key(key) not in IMAGE_KEYS:
-        return value
-    try:
-        images = read_images(value, key)
-    except BadSampleError:
-        return value
-    return images[0] if len(images) == 1 else value
+def _decode(value: object, key: str) -> object:
+    """Pictures that are written as base64 or numbers, as bytes; bytes that are text, as text."""
+    is_image = simplify_key(key) in IMAGE_KEYS
+    if isinstance(value, bytes) and not is_image:
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    is_long = isinstance(value, str | list) and len(value) > LONGEST_NAME
+    if is_long and is_image:
+        with suppress(BadSampleError):
+            images = read_images(value, key)
+            return images[0] if len(images) == 1 else images
+    return [_decode(one, key) for one in value] if isinstance(value, list) else value
 
 
 def _check_disk(path: Path, folder: Path) -> None:

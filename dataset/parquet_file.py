@@ -52,9 +52,13 @@ def _list_records(batch) -> list[dict | str]:
     try:
         return batch.to_pylist()
     except ERRORS as error:
-        if batch.num_rows == 1:
-            return [first_line(error)]
-        return [row for n in range(batch.num_rows) for row in _list_records(batch.slice(n, 1))]
+        if batch.num_rows > 1:
+            return [row for n in range(batch.num_rows) for row in _list_records(batch.slice(n, 1))]
+        # a date that Python does not have, of which no row is made
+        types = import_pyarrow().types
+        others = [field.name for field in batch.schema if not types.is_temporal(field.type)]
+        is_left = has_text(others) and len(others) < batch.num_columns
+        return _list_records(batch.select(others)) if is_left else [first_line(error)]
 
 
 def open_parquet(path: Path):

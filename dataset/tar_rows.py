@@ -76,19 +76,30 @@ class TarRows(RecordRows):
         with open(self.path, "rb") as file:
             for _, group in groupby(list_members(file, start), key=name_row):
                 # the offset of the first, and all of them while the file is at their place
-                key, record, images = None, {}, []
+                key, record, images = None, {}, {}
                 try:
                     for offset, member, archive in group:
                         key = offset if key is None else key
                         read = read_member(archive, member)
                         if isinstance(read, bytes):
-                            images.append(read)
+                            images[member.name] = read
                         else:
                             record |= read
-                    record = {"images": images} | record if images else record
+                    record = join_files(record, images)
                 except BadSampleError as error:
                     record = error
                 yield key, record
+
+
+def join_files(record: dict, images: dict[str, bytes]) -> dict:
+    """The record of a row: its text, and its pictures by their names in the archive."""
+    if images and not record:
+        hint = "pack the files of a row one after the other, as `tar --sort=name` does"
+        raise BadSampleError("image without a text behind it", f"{min(images)}: {hint}")
+    # beside "1.jpg", "1.mask.png" is something about it
+    plain = [name for name in images if "." not in split_name(name)[1]]
+    shown = [images[name] for name in plain or images]
+    return {"images": shown} | record if shown else record
 
 
 def list_members(
@@ -158,6 +169,9 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> dic
         return content
     try:
         text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError("text is not UTF-8", f"{member.name}: {error}") from error
+    try:
         value = json.loads(text) if last == "json" else {TEXTS[last]: text.strip()}
     except (ValueError, RecursionError) as error:
         raise BadSampleError("not a JSON object", f"{member.name}: {error}") from error

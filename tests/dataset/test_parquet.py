@@ -166,6 +166,7 @@ SHAPES = {
     "list of structs": lambda content: [as_struct(content), None],
     "base64": lambda content: base64.b64encode(content).decode(),
     "list of base64": lambda content: [base64.b64encode(content).decode()],
+    "numbers": lambda content: [*content],
 }
 
 
@@ -201,6 +202,20 @@ def test_every_arrow_type_is_read(kind, tmp_path):
     for number in (0, 31, 32, 64, 99):
         assert rows.read(number).conversations[1]["content"] == str(number)
         assert read_pictures(rows, number) == [PICTURES[numbers[number]]]
+
+
+def test_columns_that_are_not_needed_cost_no_row(tmp_path):
+    """Dates that Python does not have, zones that nobody knows, names of pictures beside them."""
+    columns = {
+        "conversations": pa.array([json.dumps(turns()).encode()] * 3, pa.binary()),
+        "image": ["elsewhere.jpg"] * 3,
+        "image_bytes": [PICTURES[0]] * 3,
+        "late": pa.array([2**62] * 3, pa.timestamp("us")),
+        "zone": pa.array([1] * 3, pa.timestamp("us", "Mars/Phobos")),
+    }
+    rows = ParquetRows(write(tmp_path / "a.parquet", columns))
+    assert [row.conversations for _, _, row in rows.scan()] == [turns()] * 3
+    assert read_pictures(rows, 2) == [PICTURES[0]]
 
 
 def test_pictures_that_a_file_only_names_are_looked_up(tmp_path):
