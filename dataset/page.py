@@ -14,6 +14,8 @@ from PIL import Image
 from common.files import write_text
 
 BINS = 24  # of a histogram
+# Pixels of a picture's longer side, twice as many as a page has for it.
+SHOWN_SIDE = 320
 STYLE = """
 body { max-width: 1080px; margin: 2.5em auto 4em; padding: 0 1.5em; color: #1f2937;
   background: #fff; font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif }
@@ -73,9 +75,9 @@ def show_row(images: list[Image.Image], text: str, is_small: bool = False) -> st
     )
 
 
-def show_picture(image: Image.Image, side: int = 320) -> str:
-    """An <img> with a JPEG inside, of at most `side` pixels a side."""
-    image.thumbnail((side, side), Image.Resampling.BICUBIC)
+def show_picture(image: Image.Image) -> str:
+    """An <img> with a JPEG inside, of at most SHOWN_SIDE pixels a side."""
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     content = base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,8 @@
 """What is in a data file: rows that can be used, their lengths, languages, and how they look."""
 
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from dataset.formats import Row
 from dataset.images import ImageFolder
 from dataset.language import UNSURE, detect_language
 from dataset.mixture import Source
+from dataset.page import SHOWN_SIDE
 from dataset.preview.contact_sheet import Sample, split_pieces, write_sheet
 from dataset.preview.settings import Settings
 from dataset.rows import ParquetRows, Rows, TarRows, open_rows
@@ -132,7 +134,7 @@ def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> lis
     bad: dict[int, BadSampleError] = {}
     for index in tqdm(order, desc="open pictures", unit="row", leave=False, delay=1):
         try:
-            open_all(rows, rows.read(checked.usable[index]))
+            deque(open_all(rows, rows.read(checked.usable[index])), maxlen=0)
         except BadSampleError as error:
             bad[index] = error
     good = [checked.usable[index] for index in order if index not in bad]
@@ -146,17 +148,15 @@ def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> lis
     return good
 
 
-def open_all(rows: Rows, row: Row) -> list[Image.Image]:
-    """The row's pictures; a BadSampleError names the one that cannot be opened."""
-    pictures = []
+def open_all(rows: Rows, row: Row) -> Iterator[Image.Image]:
+    """The row's pictures, small; a BadSampleError names the one that cannot be opened."""
     for number, (image, source) in enumerate(zip(row.images, rows.images(row))):
         try:
-            pictures.append(load_image(source))
+            yield load_image(source, SHOWN_SIDE)
         except BadSampleError as error:
             name = image if isinstance(image, str) else f"picture {number}"
             detail = error.detail if name in error.detail else f"{name}: {error.detail}"
             raise BadSampleError(error.args[0], detail) from error
-    return pictures
 
 
 def count_tokens(
@@ -215,7 +215,7 @@ def make_samples(
     samples = []
     for key, place in zip(keys, rows.name_places(keys)):
         row = rows.read(key)
-        images = open_all(rows, row)
+        images = list(open_all(rows, row))
         whole, n_kept, n_labels_kept = encode_and_cut(
             row.conversations, len(images), processor, max_seq_len
         )

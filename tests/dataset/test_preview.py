@@ -276,6 +276,14 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, capsys, *arguments, "--seed", 1)[1] != printed
 
 
+def test_pictures_are_in_memory_as_small_as_they_are_shown(tmp_path, processor):
+    picture(size=(800, 1000)).save(tmp_path / "a.png")
+    path = write_rows(tmp_path / "rows.jsonl", [row("a.png", "<image>?", "red")])
+    rows = open_rows(path, tmp_path)
+    [sample] = checks.make_samples(rows, rows.keys().tolist(), processor, 100)
+    assert [image.size for image in sample.images] == [(256, 320)]
+
+
 def test_languages_of_short_texts():
     assert (
         detect_language("A dog runs across the grass.") == "en"
