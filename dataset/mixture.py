@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections import Counter
 from fractions import Fraction
@@ -44,7 +45,8 @@ class MixedDataset:
     """The rows of several VLMDatasets, with the same attributes and methods as one of them.
 
     With weight 2 each row comes twice an epoch; with 0.5 every second one comes once, the same
-    in each epoch. The training loop shuffles them all together. Memory: 6 bytes a row.
+    in each epoch; `n_images` and `text_only` are weighed alike. The training loop shuffles them
+    all together. Memory: 6 bytes a row.
 
     Args:
         parts: datasets with the same processor and max_length.
@@ -61,8 +63,10 @@ class MixedDataset:
         self.lengths = np.concatenate([part.lengths[chosen] for part, chosen in zip(parts, rows)])
         self.skipped = sum((part.skipped for part in parts), Counter())
         self.repaired = sum((part.repaired for part in parts), Counter())
-        self.n_images = sum(part.n_images for part in parts)
-        self.text_only = sum(part.text_only for part in parts)
+        # About so many, since rows are chosen by their number; a few images never become none.
+        pairs = list(zip(parts, weights))
+        self.n_images = sum(math.ceil(part.n_images * weight) for part, weight in pairs)
+        self.text_only = sum(math.floor(part.text_only * weight) for part, weight in pairs)
         # One picture may be in several parts.
         self.pictures = np.unique(np.concatenate([part.pictures for part in parts]))
         self.n_pictures = len(self.pictures)

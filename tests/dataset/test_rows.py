@@ -95,7 +95,7 @@ def test_a_mixture_has_each_source_as_often_as_its_weight(tmp_path, processor):
         counts[f"b{n}"] == 1 for n in range(60)
     )
     assert sum(count for text, count in counts.items() if text[0] == "c") == 30
-    assert len(data) == 290 == len(data.lengths)
+    assert len(data) == 290 == len(data.lengths) and (data.text_only, data.n_images) == (290, 0)
     order = [index for batch in StepSampler(data.lengths, 4, seed=1) for index in batch]
     assert sorted(order) == list(range(290))
     for share in np.split(data.part[order], 5):
