@@ -23,6 +23,7 @@ from typing import NamedTuple
 from common.errors import BadSampleError
 from dataset.language import is_chinese
 from dataset.row_images import (
+    IMAGE_KEYS,
     find_image_key,
     find_named_keys,
     is_name,
@@ -266,7 +267,7 @@ def _explain_keys(record: dict) -> str:
     named = find_named_keys(record)
     if len(named) > 1:
         return f"{' and '.join(named)} name pictures: write them as a list under image"
-    empty = [key for key, value in record.items() if "im" in key.casefold() and not value]
+    empty = [key for key in record if simplify_key(key) in IMAGE_KEYS and not record[key]]
     if empty:
         return f"{empty[0]} is {json.dumps(record[empty[0]])}"
     return f"the row has the keys {', '.join(record)}"[:200]

@@ -299,6 +299,10 @@ def test_a_caption_gets_a_question_in_its_language():
         ({"conversations": TURNS}, "<image> but no image: the row has the keys conversations"),
         ({"conversations": TURNS, "image": None}, "<image> but no image: image is null"),
         (
+            {"conversations": TURNS, "timestamp": 0, "Image Path": ""},
+            '<image> but no image: Image Path is ""',
+        ),
+        (
             {"conversations": TURNS, "left": "a.jpg", "right": "b.jpg"},
             "<image> but no image: left and right name pictures: write them as a list under image",
         ),
