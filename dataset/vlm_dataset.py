@@ -5,6 +5,7 @@ needed. What cannot be used is counted by reason and left out; it never ends a r
 """
 
 import io
+import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ BYTES_PER_TOKEN = 3
 # Rows of a file from which on its check is cached; fewer are checked in a second or two.
 CACHED_FROM = 50_000
 # Of that check. Count it up when it finds something else in the same file.
-CHECK = 2
+CHECK = 3
 # One usable row: its key in the file, and about how many tokens it has.
 ROW = np.dtype([("key", "<i8"), ("length", "<i4")])
 # What tells a picture from others.
@@ -110,7 +111,7 @@ class VLMDataset(Dataset):
         # usable rows: from the cache, or by a look at each
         settings = {
             "check": CHECK,
-            "images": str(images_path),
+            "images": images_path and os.path.abspath(images_path),
             "max_length": max_length,
             "n_image_tokens": processor.config.n_image_tokens,
             "counts": list(vars(RowCounts())),

@@ -3,11 +3,11 @@
 import os
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
 from common.flags import MOST_SEED, check_options, option
+from dataset.rows import find_data_files
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Settings:
 
     def describe(self) -> dict:
         """All that the result depends on, the version of the data file too."""
-        status, values = Path(self.data).stat(), asdict(self)
+        [file] = find_data_files(self.data)
+        status, values = file.stat(), asdict(self)
         for name in ("processes", "tokenizer", "max_seq_len"):
             del values[name]
         return values | {"bytes": status.st_size, "modified": status.st_mtime_ns}

@@ -168,6 +168,15 @@ def test_pictures_are_made_small_and_left_alone_where_they_are():
             examine(content, **limits)
 
 
+def test_a_report_names_the_version_of_the_data_file(tmp_path):
+    """Also where it is given as the folder that it is in."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    of_folder = Settings(str(tmp_path), "out").describe()
+    of_file = Settings(str(path), "out").describe()
+    assert of_folder == of_file | {"data": str(tmp_path)} and of_file["bytes"] == 3
+
+
 def test_small_sets_get_a_validation_part_that_says_something():
     """1 %; of small sets 10 % up to 100 rows, at least 10 rows, at most a fifth."""
     sizes = (1, 4, 5, 20, 50, 60, 100, 500, 1000, 5000, 20_000, 600_000)

@@ -189,6 +189,9 @@ def test_a_large_set_is_checked_once(folder, processor, monkeypatch):
         and again.n_images == 2
     )
     assert all(torch.equal(first[i]["input_ids"], again[i]["input_ids"]) for i in range(2))
+    monkeypatch.chdir(folder)
+    VLMDataset("data.jsonl", "images", processor, 200)
+    assert len(scans) == 1, "the same folder"
     VLMDataset(folder / "data.jsonl", folder / "images", processor, 190)
     assert len(scans) == 2, "another max_length"
     index = folder / ".data.jsonl.rows.npy"
