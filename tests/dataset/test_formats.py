@@ -672,7 +672,7 @@ def test_shards_of_webdataset(tmp_path, processor):
             "0003.jpg": b"damaged", "0003.txt": b"A bird",
             "0004.l.jpg": encoded(1), "0004.r.jpg": encoded(2),
             "0004.json": json.dumps([user("<image><image>?"), assistant("Two")]).encode(),
-            "0005.jpg": encoded(0), "0006.jpg": encoded(1), "0006.txt": "图片".encode("gbk"),
+            "0005.jpg": encoded(0), "0006.jpg": encoded(1), "0006.txt": "一只猫".encode("gbk"),
         },
     )  # fmt: skip
     write_shard(tmp_path / "part-1.tar", {"0.jpg": encoded(0), "0.txt": b"A cat again"})
