@@ -9,7 +9,7 @@ import pytest
 from scripts.processes import as_flags
 from tests.helpers import N_PATCHES, ROOT, TOKENIZER, picture, run_script
 
-PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## I have …")[2]
+PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## I have this data")[2]
 COMMANDS = re.findall(r"^\| [^|]+ \| `python (train_\w+\.py) ([^`]+)` \|$", PAGE, re.M)
 # **`name`** with the rest of its paragraph, and the indented block behind it.
 EXAMPLES = re.compile(r"^\*\*`(.+?)`\*\*.*\n(?:.+\n)*\n((?:    .*\n|\n(?=    ))+)", re.M)
