@@ -159,12 +159,13 @@ def load_file(
     """
     # sizes
     path, weights = files.weights, read_weights(files.weights)
+    sizes = read_sizes(weights, path)
     if not any(name.startswith(PROJECTOR) for name in weights):
         raise UserError(
             f"{path} is a language model that has not learned to see: train it with "
             "train_pretrain_vlm.py, or pass weights that came out of training"
         )
-    sizes = read_sizes(weights, path) | files.info.get("config", {})
+    sizes |= files.info.get("config", {})
     check_size("dim", dim, sizes["dim"], path)
     check_size("n_layers", n_layers, sizes["n_layers"], path)
 

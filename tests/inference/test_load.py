@@ -132,6 +132,9 @@ def test_contradictions_name_both_values(described, tmp_path, parts):
     save_atomically(language_model.state_dict(), tmp_path / "lm_64.pth")
     with pytest.raises(UserError, match="a language model that has not learned to see"):
         load_vlm(tmp_path / "lm_64.pth", **parts)
+    save_atomically({"conv1.weight": torch.zeros(2)}, tmp_path / "other_64.pth")
+    with pytest.raises(UserError, match="holds no MiniMind language model: its keys are conv1"):
+        load_vlm(tmp_path / "other_64.pth", **parts)
 
 
 @pytest.mark.parametrize(
