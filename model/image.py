@@ -40,18 +40,20 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF", "JPEG2000", "PPM", "ICO", "DDS", "PSD"),
     *("QOI", "SGI", "PCX", "TGA"),
 )
-CONVERT = "convert it to JPEG or PNG"
+CONVERT, FETCH = "convert it to JPEG or PNG", "fetch it again"
 # How files begin that are often named .jpg, the reason why they are refused, and what to do.
 OTHER_FILES = (
     (rb".{4}ftyp(hei|hev|mif1|msf1)(?!.{,40}avi[fs])", "HEIC is not supported", CONVERT),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL is not supported", CONVERT),
     (rb"(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*)?<(!DOCTYPE )?svg", "SVG is not supported", CONVERT),
-    (rb"%PDF-", "PDF is not supported", CONVERT),
+    (rb"\s*%PDF-", "PDF is not supported", CONVERT),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not supported", CONVERT),
     (rb".{4}ftyp(iso|mp4|M4V|qt|3g)|\x1aE\xdf\xa3", "video is not supported", "take a frame of it"),
-    (rb"(\xef\xbb\xbf)?\s*<(!DOCTYPE html|html|head)", "image is a web page", "fetch it again"),
+    (rb"(\xef\xbb\xbf)?\s*<(!DOCTYPE html|html|head|\?xml)", "image is a web page", FETCH),
     (rb"version https://git-lfs", "image is a Git LFS pointer", "run `git lfs pull`"),
 )
+# Bytes that are looked at for them; a comment may come first.
+HEAD = 4096
 # What brings a picture of each orientation upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -110,9 +112,10 @@ def load_image(
     # Pillow raises nearly anything for damaged files: struct.error, TypeError, RuntimeError, ...
     except Exception as error:
         for start, reason, advice in OTHER_FILES:
-            if re.match(start, encoded[:512], re.DOTALL | re.IGNORECASE):
+            if re.match(start, encoded[:HEAD], re.DOTALL | re.IGNORECASE):
                 raise BadSampleError(reason, _name(source, advice)) from error
-        cause = "no picture" if isinstance(error, UnidentifiedImageError) else f"{error!s:.200}"
+        cause = "no picture" if encoded else "the file is empty"
+        cause = cause if isinstance(error, UnidentifiedImageError) else f"{error!s:.200}"
         raise BadSampleError("image damaged", _name(source, cause)) from error
 
 
@@ -137,9 +140,7 @@ def _choose_factor(size: tuple[int, int], max_side: int | None) -> int:
 
 def _shrink(image: Image.Image, factor: int) -> Image.Image:
     """RGB, each pixel the mean of factor x factor pixels."""
-    # 16-bit gray is scaled to 8 bits: convert() would clip it at 255
-    is_deep = image.mode.startswith(("I", "F"))
-    scale = 257 if is_deep and np.nan_to_num(np.asarray(image)).max() > 255 else 1
+    scale = _find_scale(image)
     if factor == 1:
         return _convert(image, scale)
 
@@ -152,7 +153,18 @@ def _shrink(image: Image.Image, factor: int) -> Image.Image:
     return rgb
 
 
-def _convert(image: Image.Image, scale: int) -> Image.Image:
+def _find_scale(image: Image.Image) -> float:
+    """What divides the pixels, so that they are 0 to 255: convert() would clip deeper ones."""
+    if not image.mode.startswith(("I", "F")):
+        return 1
+    largest = np.nan_to_num(np.asarray(image)).max()
+    if largest > 255:
+        return 257
+    # floats may be shares of white
+    return 1 / 255 if image.mode == "F" and largest <= 1 else 1
+
+
+def _convert(image: Image.Image, scale: float) -> Image.Image:
     """RGB of 8 bits, laid on white. `scale` divides pixels of more bits."""
     if image.mode.startswith(("I", "F")):
         gray = np.nan_to_num(np.asarray(image, dtype=np.float32))

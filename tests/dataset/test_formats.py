@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from common.errors import BadSampleError, MissingFileError, UserError
 from common.files import MAX_TEXT_BYTES
 from dataset.encodings import guess_encoding
-from dataset.formats import IMAGE_TAG, QUESTIONS, Row, convert, name_format
+from dataset.formats import QUESTIONS, Row, convert, name_format
 from dataset.json_objects import read_values
 from dataset.mixture import find_sources, open_data
 from dataset.row_images import split_names
 from dataset.rows import open_rows
 from dataset.table_rows import read_fields
 from dataset.vlm_dataset import check_row
-from model import processing
 from tests.helpers import SHARED, assistant, needs_shared, picture, user, write_rows
 
 TROUBLE = SHARED / "trouble"
@@ -342,7 +341,6 @@ def test_tags_of_other_sets_are_read_where_there_is_a_picture():
     for text in ("What is <img> in HTML?", "What is <picture>?", "From a page: [Image] a cat"):
         turns = [user(text), assistant("A picture.")]
         assert convert({"conversations": turns}) == Row(turns, [], {})
-    assert IMAGE_TAG == processing.IMAGE_TAG
 
 
 def test_a_row_of_text_may_have_a_url():
@@ -672,7 +670,7 @@ def test_shards_of_webdataset(tmp_path, processor):
             "0003.jpg": b"damaged", "0003.txt": b"A bird",
             "0004.l.jpg": encoded(1), "0004.r.jpg": encoded(2),
             "0004.json": json.dumps([user("<image><image>?"), assistant("Two")]).encode(),
-            "0005.jpg": encoded(0), "0006.jpg": encoded(1), "0006.txt": "一只猫".encode("gbk"),
+            "0005.jpg": encoded(0), "0006.jpg": encoded(1), "0006.txt": "一只狗。".encode("gbk"),
         },
     )  # fmt: skip
     write_shard(tmp_path / "part-1.tar", {"0.jpg": encoded(0), "0.txt": b"A cat again"})

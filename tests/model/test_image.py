@@ -261,6 +261,8 @@ def test_pixels_of_more_bits_are_scaled_and_never_clipped():
         encode(Image.fromarray(ramp.astype(np.uint16)), "TIFF"),
         encode(Image.fromarray(ramp.astype(np.int32)), "TIFF"),
         encode(Image.fromarray(ramp.astype(np.float32)), "TIFF"),
+        # floats as shares of white
+        encode(Image.fromarray((ramp / 65535).astype(np.float32)), "TIFF"),
     ):
         assert np.abs(load(content)[..., 0] - ramp / 257).max() <= 1
     dark = np.where(ramp < 30_000, np.nan, 100).astype(np.float32)
@@ -348,6 +350,8 @@ def box(brand: bytes) -> bytes:
         (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "JPEG XL is not supported"),
         (b'<?xml version="1.0"?>\n<!-- x -->\n<svg width="9"></svg>', "SVG is not supported"),
         (b"\xef\xbb\xbf <svg></svg>", "SVG is not supported"),
+        (b"<?xml version='1.0'?><!--" + b"x" * 900 + b"--><svg>", "SVG is not supported"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "image is a web page"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "PDF is not supported"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript is not supported"),
         (box(b"isom"), "video is not supported"),
