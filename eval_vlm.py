@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
-from common.files import write_text
+from common.files import IMAGE_SUFFIXES, write_text
 from common.flags import parse_flags
 from common.threads import describe_threads
 from dataset.mixture import find_sources, open_data
-from inference.config import PICTURE_TYPES, EvalConfig
+from inference.config import EvalConfig
 from inference.paths import find_model
 from model.files import find_own, read_info
 
@@ -94,8 +94,7 @@ def find_pictures(config: EvalConfig) -> list[list[Path]]:
 
 def list_pictures(folder: Path) -> list[Path]:
     """Its pictures, by their names."""
-    suffixes = tuple(f".{type_}" for type_ in PICTURE_TYPES)
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(suffixes))
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:

@@ -14,6 +14,12 @@ from common.errors import BadSampleError, UserError
 # Of one picture's file, and of a text beside it.
 MAX_IMAGE_BYTES = 2**26
 MAX_TEXT_BYTES = 2**24
+# Names that pictures have; HEIC is refused when it is opened, with the reason.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
+    *(".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".dds", ".psd", ".qoi"),
+    *(".sgi", ".pcx", ".tga"),
+)
 # What a system says where there is no file of a name, or cannot be.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 

@@ -26,7 +26,7 @@ class FolderRows(RecordRows):
     def __init__(self, path: Path):
         super().__init__(path, ImageFolder(path))
         # An array of bytes: a list of names would be copied to every worker of a loader.
-        self.names = np.array(sorted(list_pictures(path)), np.bytes_)
+        self.names = np.array(sorted(list_captioned(path)), np.bytes_)
 
     def read_records(self) -> Iterator[tuple[int, int, dict | BadSampleError]]:
         """(number, bytes of text, record) of every picture."""
@@ -61,7 +61,7 @@ class FolderRows(RecordRows):
         return os.fsdecode(bytes(self.names[key]))
 
 
-def list_pictures(folder: Path) -> list[bytes]:
+def list_captioned(folder: Path) -> list[bytes]:
     """Names of the pictures in a folder and below it that have a .txt beside them."""
     found = []
     for place, _, files in os.walk(folder):

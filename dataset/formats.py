@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.errors import BadSampleError
+from common.text import IMAGE_TAG
 from dataset.language import is_chinese
 from dataset.row_images import (
     IMAGE_KEYS,
@@ -32,8 +33,6 @@ from dataset.row_images import (
     simplify_key,
 )
 
-# That of model/processing.py, which would import PyTorch.
-IMAGE_TAG = "<image>"
 PUBLISHED = "conversations", "image", "image_bytes"
 EMPTY = None, "", []
 SHORT_NAME = 64  # shorter than any base64
@@ -52,6 +51,7 @@ ANSWER_KEYS = (
     *("response", "answer", "output", "completion", "answers", "multiplechoiceanswer"),
     *("solution", "assistant", "chosen"),
 )
+PAIR_KEYS = QUESTION_KEYS, ANSWER_KEYS
 CAPTION_KEYS = (
     *("caption", "captions", "text", "txt", "description", "sentence", "sentences", "texts"),
     *("imagecaption", "comment", "alttext", "alt", "blipcaption", "prompt", "title", "raw"),
@@ -368,13 +368,10 @@ def _split_turn(turn: object, index: int) -> Iterator[tuple[object, object]]:
     if content is not None:
         yield turn.get("role") or turn.get("from") or turn.get("speaker"), turn[content]
         return
-    pair = [next((key for key in keys if key in turn), None) for keys in _PAIR_KEYS]
+    pair = [next((key for key in keys if key in turn), None) for keys in PAIR_KEYS]
     if None in pair:
         raise BadSampleError("turn without text content", f"turn {index}")
     yield from zip(("user", "assistant"), (turn[key] for key in pair))
-
-
-_PAIR_KEYS = QUESTION_KEYS, ANSWER_KEYS
 
 
 def _read_content(content: object, index: int) -> tuple[str, list]:
@@ -412,7 +409,7 @@ def _find_key(record: dict, names: tuple[str, ...]) -> str | None:
 
 def _read_question(record: dict) -> Text | None:
     """One question and its answer, maybe after earlier ones."""
-    question, answer = (_find_key(record, names) for names in _PAIR_KEYS)
+    question, answer = (_find_key(record, names) for names in PAIR_KEYS)
     if question is None or answer is None:
         return None
     keys = [question, answer]

@@ -8,8 +8,9 @@ from itertools import islice
 from urllib.parse import unquote
 
 from common.errors import BadSampleError
+from common.files import IMAGE_SUFFIXES
 
-SUFFIX = re.compile(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|dds)$", re.IGNORECASE)
+SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\s*$", re.IGNORECASE)
 # What systems put beside pictures.
 JUNK = re.compile(
     rb"(^|/)(__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$", re.IGNORECASE | re.DOTALL

@@ -16,8 +16,6 @@ from common.files import hash_to_int
 from dataset.image_names import NearMisses, normalize_name, spell
 from dataset.image_zip import ImageZip
 
-__all__ = ["ImageFolder", "ImageZip", "normalize_name", "open_images"]
-
 # Archives that are not read: somebody has to unpack them.
 OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 

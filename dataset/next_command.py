@@ -109,9 +109,12 @@ def write_train_command(
         name: of the weights that come out; letters that a file name may lack are replaced.
         tokenizer, max_seq_len: flags of training; None leaves the choice to it.
     """
+    # where it starts
     start, recipe = find_start(tokenizer), choose_recipe(n_rows)
     is_demo = start is not None and "demo" in Path(start).parts
     own_tokenizer = (read_info(start) if start else {}).get("tokenizer") or TOKENIZER_PATH
+
+    # the command
     command = join_command(
         "train_sft_vlm.py",
         data=data,
@@ -124,6 +127,8 @@ def write_train_command(
         epochs=recipe.epochs,
         save_name=re.sub(r"[^\w-]", "_", name),
     )
+
+    # what has to be fetched first
     if start is None:
         return f"python -m scripts.download clip tokenizer weights-512\n{command}"
     return command

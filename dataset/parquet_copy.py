@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
 from common.files import atomic_write, hash_bytes
+from common.text import IMAGE_TAG
 from dataset.block_file import BlockFile, BlockWriter, import_pyarrow
 from dataset.index_cache import cache_paths, choose_cache_path, stamp
 from dataset.parquet_file import first_line, read_records
@@ -31,12 +32,12 @@ KINDS = ("rows.arrow", "pictures.arrow")
 # Items of a block: texts shrink more with more of them, pictures do not, and may have 64 MB each.
 TEXTS, PICTURES = 64, 16
 # The key of a picture in a row's JSON. Its value is a number; of a placeholder -1 - number.
-PICTURE = "\0picture"
+PICTURE_KEY = "\0picture"
 # A picture of one color that is smaller than a patch of the vision encoder stands for none.
 PATCH = 16
 PLACEHOLDER_BYTES = 4096  # most that its file has
-# Of a name in a row: what is longer may be a picture, written as base64.
-LONGEST_NAME = 255
+# Characters of a picture that is written as base64; what is shorter is a name.
+SHORTEST_BASE64 = 256
 # Bytes of the disk that a copy leaves free.
 RESERVED_BYTES = 10**9
 
@@ -81,15 +82,15 @@ def parse_row(
     Args:
         text: the JSON.
         picture: called with the number of each picture; what it gives stands in the record.
-        keeps_placeholders: has placeholders even if nothing in the record says `<image>`, where
+        keeps_placeholders: keep placeholders even if nothing in the record says `<image>`, where
             they are None otherwise.
 
     BadSampleError for a row that could not be copied.
     """
-    keeps_placeholders |= b"<image>" in text
+    keeps_placeholders |= IMAGE_TAG.encode() in text
 
     def revive(value: dict) -> object:
-        number = value.get(PICTURE)
+        number = value.get(PICTURE_KEY)
         if not isinstance(number, int):
             return value
         if number >= 0:
@@ -175,7 +176,7 @@ def _decode(value: object, key: str) -> object:
     if isinstance(value, bytes) and not is_image:
         with suppress(UnicodeDecodeError):
             return value.decode()
-    is_long = isinstance(value, str | list) and len(value) > LONGEST_NAME
+    is_long = isinstance(value, str | list) and len(value) >= SHORTEST_BASE64
     if is_long and is_image:
         with suppress(BadSampleError):
             images = read_images(value, key)
@@ -208,7 +209,7 @@ class PictureWriter:
         """What a row's JSON has for a value that JSON does not know."""
         if not isinstance(value, bytes):
             return str(value)
-        return {PICTURE: self._add(value)} if value else None
+        return {PICTURE_KEY: self._add(value)} if value else None
 
     def _add(self, content: bytes) -> int:
         """The number of a picture, written if it is new; of a placeholder -1 - number."""

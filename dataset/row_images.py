@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from common.errors import BadSampleError
 from common.files import MAX_IMAGE_BYTES, check_size
+from dataset.image_names import SUFFIX
 
 # Keys that hold pictures, as `simplify_key` writes them; the first one with a value is read.
 IMAGE_KEYS = (
@@ -30,7 +31,6 @@ INNER_KEYS = (
     *("bytes", "path", "image_url", "url", "image", "file_name", "filename", "file", "source"),
     *("data", "base64", "b64", "src", "name", "value", "content"),
 )
-_SUFFIX = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jfif|dds)\s*$", re.IGNORECASE)
 _URL = re.compile(r"\s*(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # How the files of pictures begin when they are written as base64: JPEG, PNG, WebP, GIF, BMP.
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0")
@@ -93,7 +93,7 @@ def find_named_keys(record: dict) -> list[str]:
 
 def is_name(text: str) -> bool:
     """Whether a text may be the name of a picture file: "a.jpg"."""
-    return len(text) <= LONGEST_NAME and "\n" not in text and bool(_SUFFIX.search(text))
+    return len(text) <= LONGEST_NAME and "\n" not in text and bool(SUFFIX.search(text))
 
 
 def read_images(value: object, key: str) -> list[str | bytes]:
@@ -136,11 +136,11 @@ def split_names(text: str) -> list[str]:
     if len(parts) == 1:
         return [text]
     # A part without the suffix of a picture goes on behind the comma, if others have one.
-    if any(map(_SUFFIX.search, parts)):
+    if any(map(SUFFIX.search, parts)):
         names, name = [], ""
         for part in parts:
             name += part
-            if _SUFFIX.search(part):
+            if SUFFIX.search(part):
                 names.append(name)
                 name = ""
             else:

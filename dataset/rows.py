@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common.errors import MissingFileError, UserError
 from dataset.encodings import check_text
-from dataset.folder_rows import FolderRows, list_pictures
+from dataset.folder_rows import FolderRows, list_captioned
 from dataset.images import open_images
 from dataset.json_rows import BYTE_ORDER_MARK, open_json
 from dataset.parquet_rows import ParquetRows
@@ -35,11 +35,9 @@ HEAD = 2**17
 DATA_SUFFIXES = ".parquet", ".jsonl", ".json", ".csv", ".tsv", ".tar"
 NO_DATA = "dataset_infos.json", "dataset_info.json", "state.json", "README.json"
 METADATA = "metadata"
-# What reads rows.
-Rows = RecordRows
 
 
-def open_rows(data_path: str | Path, images_path: str | Path | None) -> Rows:
+def open_rows(data_path: str | Path, images_path: str | Path | None) -> RecordRows:
     """The rows of a data file.
 
     Args:
@@ -101,7 +99,7 @@ def find_data_files(path: str | Path) -> list[Path]:
                 found = [file for file in found if file.name not in NO_DATA]
                 if found:
                     return [file for file in found if "train" in file.name.lower()] or found
-    if list_pictures(path):
+    if list_captioned(path):
         return [path]
     raise MissingFileError(
         f"{path} holds no rows: no {', '.join(DATA_SUFFIXES)}, and no pictures with a .txt of the "

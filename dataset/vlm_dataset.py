@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from common.errors import BadSampleError, UserError, list_reasons
 from dataset.formats import SURPLUS_DROPPED, Row
 from dataset.index_cache import open_cached, save_cached
-from dataset.rows import Rows, open_rows
+from dataset.record_rows import RecordRows
+from dataset.rows import open_rows
 from model.processing import VLMProcessor, check_conversation, match_image_tags
 
 # Of UTF-8 text with a vocabulary of 6,400 tokens, English and Chinese alike. Only orders rows by
@@ -32,7 +33,7 @@ CHECK = 3
 # One usable row: its key in the file, and about how many tokens it has.
 ROW = np.dtype([("key", "<i8"), ("length", "<i4")])
 # What tells a picture from others.
-PICTURE = np.dtype("<u8")
+IDENTITY = np.dtype("<u8")
 
 
 class CheckedRow(NamedTuple):
@@ -66,7 +67,7 @@ class RowCounts:
     text_only: int = 0
 
 
-def check_row(rows: Rows, row: Row | BadSampleError) -> CheckedRow:
+def check_row(rows: RecordRows, row: Row | BadSampleError) -> CheckedRow:
     """Check a row that `rows` gave; no picture is opened.
 
     BadSampleError for a row that nothing can be learned from.
@@ -133,7 +134,7 @@ class VLMDataset(Dataset):
 
     def _open_cached(self, settings: dict) -> tuple[np.ndarray, np.ndarray, RowCounts] | None:
         rows = open_cached(self.rows.path, "rows", ROW, **settings)
-        pictures = open_cached(self.rows.path, "pictures", PICTURE, **settings)
+        pictures = open_cached(self.rows.path, "pictures", IDENTITY, **settings)
         return (rows[0], pictures[0], RowCounts(**rows[1])) if rows and pictures else None
 
     def _save_cached(
@@ -143,7 +144,7 @@ class VLMDataset(Dataset):
         save_cached(usable, vars(counts), self.rows.path, "rows", **settings)
 
     def _check_rows(self) -> tuple[np.ndarray, np.ndarray, RowCounts]:
-        """(ROW[n] of the usable rows, PICTURE[m] sorted, counts). No picture is opened."""
+        """(ROW[n] of the usable rows, IDENTITY[m] sorted, counts). No picture is opened."""
         # each row is used, or counted with the reason why not
         counts, keys, lengths, pictures = RowCounts(), array("q"), array("i"), array("Q")
         n_image_tokens = self.processor.config.n_image_tokens
@@ -171,7 +172,7 @@ class VLMDataset(Dataset):
 
         usable = np.empty(len(keys), ROW)
         usable["key"], usable["length"] = keys, lengths
-        return usable, np.unique(np.array(pictures, PICTURE)), counts
+        return usable, np.unique(np.array(pictures, IDENTITY)), counts
 
     def _explain_missing_images(self, skipped: Counter[str]) -> str:
         """What to do about a set without a single image; "" where that is not the reason."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 
 from common.errors import UserError
+from common.text import IMAGE_TAG
 from model.model_vlm import MiniMindVLM
-from model.processing import IMAGE_TAG, VLMProcessor, match_image_tags
+from model.processing import VLMProcessor, match_image_tags
 
 # Characters of a question; a book would be encoded for minutes before it is found too long.
 MAX_QUESTION = 20_000

@@ -8,8 +8,6 @@ from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import OUT_DIR, TOKENIZER_PATH, VISION_MODEL_PATH
 
 DTYPES = ("float32", "float16", "int8")
-# Files that are taken for pictures in a folder, and that the page lets a visitor choose.
-PICTURE_TYPES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 
 
 @dataclass(frozen=True)

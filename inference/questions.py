@@ -5,7 +5,6 @@ Text is kept, and of pictures only their names: the set may have a million rows.
 
 import random
 import reprlib
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from pathlib import Path
 
 from common.errors import BadSampleError, list_reasons
 from common.files import hash_bytes
-from model.processing import IMAGE_TAG, check_conversation
+from common.text import IMAGE_TAG, simplify_answer
+from model.processing import check_conversation
 
 # Characters of the name of a type: it is a word or two in a printed line.
 MAX_TYPE = 60
@@ -195,9 +195,3 @@ def measure_accuracy(questions: list[Question], images: str = "right") -> dict[s
     if set(by_type) != {NO_TYPE}:
         groups |= by_type
     return {name: sum(group) / len(group) for name, group in groups.items()}
-
-
-def simplify_answer(answer: str) -> str:
-    """What "exactly right" looks at: no case, no outer space, no full stop at the end."""
-    text = unicodedata.normalize("NFKC", answer).casefold().strip()
-    return text.rstrip(".。!！ ")

@@ -11,8 +11,10 @@ import streamlit as st
 from PIL import Image
 
 from common.errors import BadSampleError, UserError
+from common.files import IMAGE_SUFFIXES
+from common.text import IMAGE_TAG
 from inference.chat import MAX_QUESTION, PICTURE_SIDE, Chat
-from inference.config import PICTURE_TYPES, WebConfig
+from inference.config import WebConfig
 from inference.load import VLM, load_vlm
 from inference.paths import find_model
 from model.image import load_image
@@ -45,7 +47,7 @@ def show_page(config: WebConfig) -> None:
     with st.sidebar:
         uploads = st.file_uploader(
             f"Pictures (up to {MAX_PICTURES})",
-            type=PICTURE_TYPES,
+            type=IMAGE_SUFFIXES,
             accept_multiple_files=True,
             key=f"uploads-{state.conversation}",
         )
@@ -68,7 +70,7 @@ def show_page(config: WebConfig) -> None:
 
     # the conversation so far
     for turn in state.chat.turns:
-        text = turn["content"].replace("<image>\n", "").replace("<image>", "")
+        text = turn["content"].replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "")
         st.chat_message(turn["role"]).text(text)
 
     # the new question

@@ -15,7 +15,7 @@ NUMBER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 COLOR_SEGMENT = re.compile(rb"\xff\xe0..JFIF\0.{9}|\xff\xee..Adobe.{7}", re.DOTALL)
 # The entry for EXIF in the list of what an AVIF file holds, which is at its start.
 AVIF_EXIF = re.compile(rb"(infe.{8})Exif", re.DOTALL)
-MOST_BOXES = 2**16
+HEAD_BYTES = 2**16
 
 
 def strip_metadata(encoded: bytes) -> tuple[bytes, bytes]:
@@ -29,7 +29,7 @@ def strip_metadata(encoded: bytes) -> tuple[bytes, bytes]:
         return _strip_png(encoded)
     if encoded[4:8] == b"ftyp":
         # An AVIF file says its orientation outside of EXIF, which gets a type that nothing reads.
-        return AVIF_EXIF.sub(rb"\1skip", encoded[:MOST_BOXES]) + encoded[MOST_BOXES:], b""
+        return AVIF_EXIF.sub(rb"\1skip", encoded[:HEAD_BYTES]) + encoded[HEAD_BYTES:], b""
     return encoded, b""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.errors import BadSampleError
+from common.text import IMAGE_TAG
 from model.files import TOKENIZER_PATH
 from model.image import load_image
 from model.labels import IGNORE_INDEX, count_labels, find_labels
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE_INDEX",
-    "IMAGE_TAG",
     "TOKENIZER_PATH",
     "VLMProcessor",
     "check_conversation",
@@ -38,8 +38,6 @@ __all__ = [
     "match_image_tags",
 ]
 
-# Where an image belongs in the text of a user turn.
-IMAGE_TAG = "<image>"
 # All pieces of the chat format.
 FORMAT = ("<s>system\n", "<s>user\n", "<s>assistant\n", "</s>", "\n")
 _OTHER_ROLE = {"user": "assistant", "assistant": "user"}

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from common.errors import BadSampleError
-from model.processing import IMAGE_TAG, check_conversation
+from common.text import IMAGE_TAG
+from model.processing import check_conversation
 
 ROWS_LOOKED_AT = 500  # for the question that opens most of them
 

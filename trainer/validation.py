@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from common.errors import BadSampleError, UserError, list_reasons
+from common.text import IMAGE_TAG
 from model.model_vlm import MiniMindVLM
-from model.processing import IMAGE_TAG, check_conversation
+from model.processing import check_conversation
 from trainer.collate import TrainSamples, make_loader
 from trainer.image_encoder import ImageEncoder
 from trainer.runtime import Runtime

@@ -15,10 +15,12 @@ from PIL import Image
 
 from common.errors import BadSampleError
 from common.files import hash_to_int, read_image_bytes
+from common.text import simplify_answer
 from dataset.clean.repair import check_answers, repair_conversation
 from dataset.clean.settings import Settings
-from dataset.images import normalize_name
-from dataset.rows import Rows, open_rows
+from dataset.image_names import normalize_name
+from dataset.record_rows import RecordRows
+from dataset.rows import open_rows
 from model.image import load_image
 
 THUMBNAIL = 8  # cells a side; tells colors apart
@@ -33,7 +35,7 @@ PICTURE.names = "digest", "hash", "thumbnail", "size", "reason"
 
 
 @lru_cache(maxsize=1)
-def open_source(data: str, images: str | None) -> Rows:
+def open_source(data: str, images: str | None) -> RecordRows:
     """The rows to clean, opened once in each process."""
     return open_rows(data, images)
 
@@ -79,8 +81,8 @@ def name_picture(image: str | bytes, id_: int) -> str:
 
 
 def hash_text(text: str) -> int:
-    """The same 64 bits for texts that differ only in case, spaces and final punctuation."""
-    return hash_to_int(" ".join(text.casefold().split()).rstrip(".。!！ ").encode())
+    """The same 64 bits for answers that are the same, see `simplify_answer`."""
+    return hash_to_int(simplify_answer(text).encode())
 
 
 def examine_pictures(settings: Settings, work: Path, places: np.ndarray) -> tuple:

@@ -5,10 +5,11 @@ import unicodedata
 from ftfy import TextFixerConfig, fix_text
 
 from common.errors import BadSampleError
+from common.text import IMAGE_TAG
 from dataset.clean.settings import Settings
 from dataset.formats import PUT_IN_FRONT, SURPLUS_DROPPED
 from dataset.language import UNSURE, detect_language
-from model.processing import IMAGE_TAG, check_conversation, match_image_tags
+from model.processing import check_conversation, match_image_tags
 
 # What goes wrong between files, not what people write: full-width letters, ligatures and curly
 # quotes stay.

@@ -11,7 +11,7 @@ from dataset.block_file import import_pyarrow
 from dataset.clean.decide import REJECTED, Decision
 from dataset.clean.examine import open_source
 from dataset.clean.settings import Settings
-from dataset.rows import ParquetRows
+from dataset.parquet_rows import ParquetRows
 
 SHARD_BYTES = 256 * 2**20  # of a Parquet file
 # Rows; small, because readers unpack a whole group for one of them.

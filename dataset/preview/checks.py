@@ -16,9 +16,12 @@ from dataset.images import ImageFolder
 from dataset.language import UNSURE, detect_language
 from dataset.mixture import Source
 from dataset.page import SHOWN_SIDE
+from dataset.parquet_rows import ParquetRows
 from dataset.preview.contact_sheet import Sample, split_pieces, write_sheet
 from dataset.preview.settings import Settings
-from dataset.rows import ParquetRows, Rows, TarRows, open_rows
+from dataset.record_rows import RecordRows
+from dataset.rows import open_rows
+from dataset.tar_rows import TarRows
 from dataset.vlm_dataset import check_row
 from model.image import load_image
 from model.processing import VLMProcessor, count_labels
@@ -108,7 +111,7 @@ def preview(source: Source, path: Path, processor: VLMProcessor, settings: Setti
     return n_usable
 
 
-def check_rows(rows: Rows) -> Checked:
+def check_rows(rows: RecordRows) -> Checked:
     """Check every row; no picture is opened."""
     checked = Checked()
     for key, _, row in rows.scan():
@@ -125,7 +128,7 @@ def check_rows(rows: Rows) -> Checked:
     return checked
 
 
-def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> list[int]:
+def open_pictures(rows: RecordRows, checked: Checked, rng: np.random.Generator) -> list[int]:
     """Open the pictures of up to MOST_OPENED usable rows, and leave out those where that fails.
 
     Returns the keys of the others, in random order.
@@ -148,7 +151,7 @@ def open_pictures(rows: Rows, checked: Checked, rng: np.random.Generator) -> lis
     return good
 
 
-def open_all(rows: Rows, row: Row) -> Iterator[Image.Image]:
+def open_all(rows: RecordRows, row: Row) -> Iterator[Image.Image]:
     """The row's pictures, small; a BadSampleError names the one that cannot be opened."""
     for number, (image, source) in enumerate(zip(row.images, rows.images(row))):
         try:
@@ -160,7 +163,7 @@ def open_all(rows: Rows, row: Row) -> Iterator[Image.Image]:
 
 
 def count_tokens(
-    rows: Rows, keys: list[int], processor: VLMProcessor, max_seq_len: int
+    rows: RecordRows, keys: list[int], processor: VLMProcessor, max_seq_len: int
 ) -> TokenCounts:
     """Count tokens and label tokens, and tell the languages of the answers.
 
@@ -209,7 +212,7 @@ def encode_and_cut(
 
 
 def make_samples(
-    rows: Rows, keys: list[int], processor: VLMProcessor, max_seq_len: int
+    rows: RecordRows, keys: list[int], processor: VLMProcessor, max_seq_len: int
 ) -> list[Sample]:
     """The rows with these keys as the contact sheet shows them; arguments as of `count_tokens`."""
     samples = []
@@ -230,7 +233,7 @@ def make_samples(
     return samples
 
 
-def show_source(source: Source, rows: Rows) -> None:
+def show_source(source: Source, rows: RecordRows) -> None:
     """Print the name of a file, its images and its weight."""
     line = source.path
     if not isinstance(rows, ParquetRows | TarRows):
@@ -244,7 +247,7 @@ def show_source(source: Source, rows: Rows) -> None:
     show("format", rows.format)
 
 
-def show_checks(rows: Rows, checked: Checked) -> None:
+def show_checks(rows: RecordRows, checked: Checked) -> None:
     """Print how many rows can be used, and where the others are."""
     n_rows, n_usable = checked.n_rows, len(checked.usable)
     n_left_out = checked.left_out.total()

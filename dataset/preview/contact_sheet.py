@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from common.text import IMAGE_TAG
 from dataset.page import show_row, write_page
-from model.processing import IGNORE_INDEX, IMAGE_TAG, VLMProcessor
+from model.processing import IGNORE_INDEX, VLMProcessor
 
 # Kinds of pieces, which are also the classes of their spans.
 SEEN, LABEL, MARK, IMAGE, CUT, GAP = "seen", "label", "mark", "image", "cut", "gap"

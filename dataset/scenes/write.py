@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.text import IMAGE_TAG
 from dataset.scenes.scene import Scene, change_one, draw_scene, sample_scene
 from dataset.scenes.text import (
     LANGUAGES,
@@ -121,7 +122,7 @@ def dialogue_row(
     pairs = [(question.text, question.answer) for question in questions]
     if len(scenes) == 1 and rng.random() < DESCRIPTION_SHARE:
         pairs[0] = caption(scenes[0], language)
-    return {"conversations": as_turns(pairs, "\n".join(["<image>"] * len(scenes)))}, scenes
+    return {"conversations": as_turns(pairs, "\n".join([IMAGE_TAG] * len(scenes)))}, scenes
 
 
 def text_row(
@@ -132,7 +133,7 @@ def text_row(
     question = row["conversations"][0]
     for scene in scenes:
         words = describe(rng.sample(scene.things, len(scene.things)), "en")
-        question["content"] = question["content"].replace("<image>", words, 1)
+        question["content"] = question["content"].replace(IMAGE_TAG, words, 1)
     return row, ()
 
 
@@ -140,7 +141,7 @@ def pretrain_row(
     rng: random.Random, language: str, scenes: tuple[Scene, ...]
 ) -> tuple[dict, tuple[Scene, ...]]:
     """(row without "image", scenes): one scene and its description."""
-    return {"conversations": as_turns([caption(scenes[0], language)], "<image>")}, scenes
+    return {"conversations": as_turns([caption(scenes[0], language)], IMAGE_TAG)}, scenes
 
 
 def eval_row(
@@ -155,7 +156,7 @@ def eval_row(
             pair = question.text, question.answer
         else:
             continue
-        turns = as_turns([pair], "\n".join(["<image>"] * len(scenes)))
+        turns = as_turns([pair], "\n".join([IMAGE_TAG] * len(scenes)))
         return {"type": question_type, "conversations": turns}, scenes
 
 

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from common import files
 from common.errors import BadSampleError, UserError
-from common.files import atomic_write, hash_bytes, hash_to_int, read_image_bytes, read_small_file, write_text
+from common.files import (
+    atomic_write,
+    hash_bytes,
+    hash_to_int,
+    read_image_bytes,
+    read_small_file,
+    write_text,
+)
 
 
 def test_a_file_appears_whole_or_stays_as_it_was(tmp_path):

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import BadSampleError
+from common.text import IMAGE_TAG, simplify_answer
 from dataset.clean.decide import count_validation
 from dataset.clean.duplicates import MAX_DISTANCE, find_duplicates, near_hashes
-from dataset.clean.examine import PICTURE, examine_picture, shrink
+from dataset.clean.examine import PICTURE, examine_picture, hash_text, shrink
 from dataset.clean.repair import check_answers, repair_conversation, repair_text
 from dataset.clean.settings import Settings
-from model.processing import IMAGE_TAG, check_conversation, match_image_tags
+from model.processing import check_conversation, match_image_tags
 from tests.helpers import assistant, picture, user
 
 contents = st.lists(
@@ -166,6 +167,12 @@ def test_pictures_are_made_small_and_left_alone_where_they_are():
     ):
         with pytest.raises(BadSampleError, match=reason):
             examine(content, **limits)
+
+
+def test_which_answers_are_the_same():
+    same = {"A red  cat.", "a red cat", " A red cat。", "A RED CAT!", "Ａ red cat！ "}
+    assert {simplify_answer(one) for one in same} == {"a red cat"}
+    assert hash_text("A red cat.") == hash_text("a red cat") != hash_text("a red cat?")
 
 
 def test_a_report_names_the_version_of_the_data_file(tmp_path):

@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from common.errors import BadSampleError, UserError
+from common.files import IMAGE_SUFFIXES
 from dataset import image_zip
+from dataset.image_names import SUFFIX
 from dataset.image_zip import ImageZip, list_entries
 from dataset.images import ImageFolder, open_images
+from dataset.row_images import is_name
+from model.image import FORMATS
 from tests.helpers import SHARED, needs_shared, write_zip
 
 TROUBLE = SHARED / "trouble"
@@ -455,3 +460,11 @@ def test_names_as_people_write_them():
                 source.identify(name)
                 assert source.find(name).is_file()
     assert not reasons
+
+
+def test_every_format_that_is_opened_is_known_by_a_suffix():
+    formats = Image.registered_extensions()
+    assert {formats.get(suffix) for suffix in IMAGE_SUFFIXES} == {*FORMATS, None}
+    for name in ("a.jpg", "a.b.HEIC", "a.tga", "a.Jp2", "a.jpeg "):
+        assert is_name(name) and SUFFIX.search(name)
+    assert not is_name("a.txt") and not is_name("a.jpg.zip")
