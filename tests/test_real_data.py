@@ -58,7 +58,7 @@ def test_pretraining_sft_and_evaluation_on_photographs(place):
         finished = run_script(script, *flags)
         assert finished.returncode == 0, finished.stdout
         assert "skipped" not in finished.stdout and "left out" not in finished.stdout
-        is_repaired = f"repaired: {n_repaired} rows" in finished.stdout
+        is_repaired = f"repaired: {n_repaired} surplus <image> dropped" in finished.stdout
         assert is_repaired == bool(n_repaired), finished.stdout
         assert read_weights(place / f"{name}_64.pth")
         losses = [line["loss"] for line in read_log(place, "train", f"{name}_64")]
