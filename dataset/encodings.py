@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from common.errors import UserError
-from dataset.file_kinds import name_kind
+from common.file_kinds import name_kind
 
 # Names as iconv has them. Longer marks first: that of UTF-16 begins the one of UTF-32.
 MARKS = {

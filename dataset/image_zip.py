@@ -16,8 +16,8 @@ from typing import BinaryIO
 import numpy as np
 
 from common.errors import BadSampleError, UserError
+from common.file_kinds import HEAD, name_kind
 from common.files import MAX_IMAGE_BYTES, check_size, hash_to_int
-from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import JUNK, SUFFIX, NearMisses, normalize_name, spell
 from dataset.index_cache import open_cached, save_cached
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.file_kinds import HEAD, name_kind
 from dataset.block_file import import_pyarrow
-from dataset.file_kinds import HEAD, name_kind
 from dataset.formats import has_text
 
 # Rows that are in memory together: their pictures may have 64 MB each.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import BadSampleError, UserError
+from common.file_kinds import HEAD, name_kind
 from common.files import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_size
-from dataset.file_kinds import HEAD, name_kind
 from dataset.image_names import SUFFIX
 from dataset.images import ImageFolder, ImageZip
 from dataset.record_rows import RecordRows, byte_bar
@@ -93,9 +93,11 @@ class TarRows(RecordRows):
 
 def join_files(record: dict, images: dict[str, bytes]) -> dict:
     """The record of a row: its text, and its pictures by their names in the archive."""
+    hint = "pack the files of a row one after the other, as `tar --sort=name` does"
     if images and not record:
-        hint = "pack the files of a row one after the other, as `tar --sort=name` does"
         raise BadSampleError("image without a text behind it", f"{min(images)}: {hint}")
+    if not images and record.keys() == {"caption"}:
+        raise BadSampleError("text without an image behind it", hint)
     # beside "1.jpg", "1.mask.png" is something about it
     plain = [name for name in images if "." not in split_name(name)[1]]
     shown = [images[name] for name in plain or images]

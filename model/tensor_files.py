@@ -7,7 +7,7 @@ beside it.
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from common.digest import check_digest
 from common.errors import UserError
+from common.file_kinds import HEAD, name_kind
 from common.files import atomic_write
 
 CHUNK = 2**20  # bytes that are read at a time
@@ -62,10 +63,18 @@ def refusing_damage(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         # Any bytes can be read as a pickle, which then raises errors of any kind.
-        raise UserError(
-            f"{path} is damaged or not a weights file ({type(error).__name__}): "
-            "fetch or train it again"
-        ) from error
+        damage = (
+            f"is damaged or not a weights file ({type(error).__name__}): fetch or train it again"
+        )
+        raise UserError(f"{path} {_name_other_kind(Path(path)) or damage}") from error
+
+
+def _name_other_kind(path: Path) -> str | None:
+    """What a file is that holds no weights, see `name_kind`; whole ones are .zip archives."""
+    with suppress(OSError), open(path, "rb") as file:
+        head = file.read(HEAD)
+        return None if head.startswith(b"PK") else name_kind(path, head)
+    return None
 
 
 def check_archive(path: Path) -> None:

@@ -678,7 +678,8 @@ def test_shards_of_webdataset(tmp_path, processor):
     answers = [data.read(n)[0].conversations[1]["content"] for n in range(len(data))]
     assert answers == ["A cat", "A dog", "A long name", "A bird", "Two", "A cat again"]
     assert data.skipped == {
-        "no conversation": 1, "image without a text behind it": 1, "text is not UTF-8": 1
+        "text without an image behind it": 1, "image without a text behind it": 1,
+        "text is not UTF-8": 1,
     }  # fmt: skip
     assert (data.n_images, data.n_pictures) == (7, 4)
     assert [len(data[n]["pixel_values"]) for n in (0, 2, 4, 5)] == [1, 1, 2, 1]

@@ -148,8 +148,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, start, ending):
     path = tmp_path_factory.mktemp("bytes") / f"lm_512.{ending}"
     path.write_bytes(start + content)
-    with pytest.raises(UserError, match="is damaged or not a weights file|holds no state dict"):
+    kinds = "is damaged or not a weights file|holds no state dict|is (a|an|packed by) [A-Z.a-z]+"
+    with pytest.raises(UserError, match=kinds) as refused:
         read_weights(path)
+    assert "\n" not in str(refused.value)
 
 
 def test_what_training_writes_beside_the_weights(tmp_path):
@@ -271,6 +273,13 @@ def test_one_bit_that_is_not_as_written_changes_nothing_or_is_found(tmp_path_fac
         assert "is damaged or not a weights file" in str(error) and "\n" not in str(error)
     else:
         assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_pointer_in_place_of_weights_is_called_so(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer: fetch the file with"):
+        read_weights(tmp_path / name)
 
 
 def test_a_bit_of_a_number_is_found_in_each_kind_of_file(tmp_path):

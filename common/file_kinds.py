@@ -1,4 +1,4 @@
-"""What a file is instead of rows or pictures, by how it begins, and what to do with it."""
+"""What a file is instead of rows, pictures or weights, by how it begins, and what to do then."""
 
 import shlex
 from pathlib import Path
@@ -23,8 +23,8 @@ _BEGINNINGS = {
     b"\x93NUMPY": "is a NumPy file: write it as Parquet",
     b"SQLite format 3": "is a database: write a table of it as CSV",
     b"\xd0\xcf\x11\xe0": "is an Excel file: save it as CSV in UTF-8",
-    b"\x80\x04\x95": "is a pickle, which may run anything: write its rows as JSON lines",
-    b"\x80\x05\x95": "is a pickle, which may run anything: write its rows as JSON lines",
+    b"\x80\x04\x95": "is a pickle, which may run anything: write it in another format",
+    b"\x80\x05\x95": "is a pickle, which may run anything: write it in another format",
     b"\xff\xd8\xff": "is a picture",
     b"\x89PNG": "is a picture",
     b"%PDF-": "is a PDF",
