@@ -8,7 +8,8 @@ import inspect
 import json
 from pathlib import Path
 
-from common.errors import MissingFileError, UserError
+from common.errors import BadSampleError, MissingFileError, UserError
+from common.files import read_small_file
 from model.sizes import LANGUAGE_SIZES, check_sizes
 
 ROOT = Path(__file__).parents[1]  # of the repository
@@ -89,12 +90,13 @@ def weights_path(out_dir: str | Path, name: str, dim: int) -> Path:
 
 def find_weights(path: str | Path) -> Path:
     """The weights file `path`; MissingFileError where there is none."""
-    if not Path(path).is_file():
+    found = find_own(path)
+    if not found.is_file():
         raise MissingFileError(
-            f"no weights at {path}: train them first, or fetch the published ones with "
+            f"no weights at {name_places(path)}: train them first, or fetch the published ones with "
             "`python -m scripts.download lm-512` or `weights-512`, likewise 768"
         )
-    return Path(path)
+    return found
 
 
 def info_path(weights: str | Path) -> Path:
@@ -130,13 +132,9 @@ def read_info(weights: str | Path) -> dict:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; UserError where there is none, which says why."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path.name} has over {MAX_JSON_BYTES // 2**20} MB")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path.name}: {error.strerror}") from error
+        content = json.loads(read_small_file(path, "JSON", MAX_JSON_BYTES).decode("utf-8-sig"))
+    except BadSampleError as error:
+        raise UserError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} is no JSON: {error!s:.100}") from error
     if not isinstance(content, dict):

@@ -10,6 +10,7 @@ import torch
 from common.device import choose_device
 from common.errors import BadSampleError, MissingFileError, UserError
 from inference import load_vlm
+from model.files import read_json
 from model.model_lm import MiniMindLM
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import TOKENIZER, picture, run_cold, small_model
@@ -176,6 +177,12 @@ def test_a_description_that_is_none_is_one_line(described, tmp_path, content):
     ) as error:
         load_vlm(tmp_path / "x_64.pth", device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_a_description_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"JSON is no file: .*config\.json"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "vision_model", "question"])
