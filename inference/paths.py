@@ -11,7 +11,6 @@ from common.errors import MissingFileError, UserError
 from inference.config import DTYPES, AskConfig
 from model.files import (
     DEFAULT_DIM,
-    OUT_DIR,
     TOKENIZER_PATH,
     VISION_MODEL_PATH,
     WEIGHTS_NAMES,
@@ -70,9 +69,9 @@ def choose_weights(config: AskConfig) -> Path:
             )
         return folder
     # the file of that mode; else say which others there are
-    folder, name = Path(config.out_dir), WEIGHTS_NAMES[config.model_mode]
-    if config.out_dir == OUT_DIR:
-        folder = find_own(folder)
+    folder, name = find_own(config.out_dir), WEIGHTS_NAMES[config.model_mode]
+    if not folder.is_dir():
+        folder = Path(config.out_dir)
     found = find_by_name(folder, name, config.dim)
     if found is not None:
         return found
@@ -111,13 +110,13 @@ def find_model_files(
         dim: width of the model, if a folder has several.
     """
     # the weights, and what they bring along
-    path, info = Path(weights), {}
+    path, info = find_own(weights), {}
     if (path / "config.json").is_file():
         if (path / "tokenizer.json").is_file():
             info = {"tokenizer": path}
         has_vision_model = is_llava(path)
     else:
-        path = choose_in_folder(path, dim) if path.is_dir() else find_weights(path)
+        path = choose_in_folder(path, dim) if path.is_dir() else find_weights(weights)
         info = read_info(path)
         has_vision_model = False
 

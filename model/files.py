@@ -93,8 +93,8 @@ def find_weights(path: str | Path) -> Path:
     found = find_own(path)
     if not found.is_file():
         raise MissingFileError(
-            f"no weights at {name_places(path)}: train them first, or fetch the published ones with "
-            "`python -m scripts.download lm-512` or `weights-512`, likewise 768"
+            f"no weights at {name_places(path)}: train them first, or fetch the published ones "
+            "with `python -m scripts.download lm-512` or `weights-512`, likewise 768"
         )
     return found
 

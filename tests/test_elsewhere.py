@@ -8,9 +8,13 @@ import urllib.request
 
 import pytest
 
+from inference.config import AskConfig
+from inference.paths import choose_weights, find_model_files
 from model import files
 from model.files import find_own, name_places
 from tests.helpers import ROOT, TOKENIZER, free_port
+from trainer.config import TrainConfig
+from trainer.paths import find_init_weights
 
 
 @pytest.fixture
@@ -38,6 +42,16 @@ def test_the_demo_is_asked_about_the_pictures_of_the_repository(run):
     assert finished.returncode == 0 and "[scene-3.png]" in finished.stdout, finished.stdout
 
 
+@pytest.mark.parametrize("weights", ["model/demo", "model/demo/sft_vlm_128.pth"])
+def test_weights_of_the_repository_are_found_by_its_own_names(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_model_files(weights)
+    assert found.weights == ROOT / "model/demo/sft_vlm_128.pth" and found.info["config"]
+    assert choose_weights(AskConfig(out_dir="model/demo")) == found.weights
+    config = TrainConfig(init_weights="model/demo/sft_vlm_128.pth")
+    assert find_init_weights(config) == found.weights
+
+
 def test_a_run_reads_and_writes_where_it_was_started(run, tmp_path, rows_dir, vision_dir):
     for name in ("rows.jsonl", "images"):
         (tmp_path / name).symlink_to(rows_dir / name)
@@ -63,7 +77,8 @@ def test_a_run_reads_and_writes_where_it_was_started(run, tmp_path, rows_dir, vi
             "eval_vlm.py --load 1",
             "no transformers directory at MiniMind2-V, as seen from {cwd} and",
         ),
-        ("eval_vlm.py --weights mine.pth", "no weights at mine.pth"),
+        ("eval_vlm.py --weights mine.pth", "no weights at mine.pth, as seen from {cwd} and"),
+        ("eval_vlm.py --out_dir mine", "no weights at mine/sft_vlm_"),
         ("train_sft_vlm.py --dim 48", "no weights at {ROOT}/out/pretrain_vlm_48.pth"),
         ("train_sft_vlm.py --init_weights none --tokenizer no", "no tokenizer in no, as seen from"),
     ],
