@@ -17,9 +17,7 @@ def test_it_is_that_of_sha256sum_and_finds_one_bit(tmp_path):
     assert line == f"{hashlib.sha256(bytes(3 * 2**20)).hexdigest()}  {path.name}\n"
     check_digest(path)
     path.write_bytes(bytes(3 * 2**20 - 1) + b"\1")
-    with pytest.raises(
-        UserError, match=r"differs from its checksum in .*sha256: fetch it again"
-    ):
+    with pytest.raises(UserError, match=r"differs from its checksum in .*sha256: fetch it again"):
         check_digest(path)
 
 
