@@ -67,6 +67,8 @@ class NearMisses:
         """ "a.jpg: there is A.JPG", or only the name."""
         key = _loosen(name)
         near = self.names.get(key) or self.names.get(key.rpartition("/")[2])
+        if near == name:
+            return f"{name} is a link to a file that is not there"
         return f"{name}: there is {near}" if near else name
 
 

@@ -269,6 +269,12 @@ def test_links_are_followed_and_a_row_may_name_a_place_inside_in_full(tmp_path):
             source.identify(name)
 
 
+def test_a_link_to_nothing_is_called_so(tmp_path):
+    (tmp_path / "a.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(BadSampleError, match=r"a\.jpg is a link to a file that is not there"):
+        ImageFolder(tmp_path).identify("a.jpg")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO in a folder")
 def test_what_is_no_file_is_no_picture(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo.jpg")
