@@ -98,7 +98,11 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:
-    """Ask the same question about each group of pictures: one that the model was trained on."""
+    """Ask the same question about each group of pictures: one that the model was trained on.
+
+    UserError where none of them can be read.
+    """
+    n_skipped = 0
     for pictures in groups:
         print(f"\n[{', '.join(picture.name for picture in pictures)}]", flush=True)
         name, published = "question", PROMPT
@@ -112,6 +116,9 @@ def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> Non
             if config.image:
                 raise
             print(f"skipped: {error}")
+            n_skipped += 1
+    if n_skipped == len(groups):
+        raise UserError("none of these pictures could be read")
 
 
 def print_answer(config: EvalConfig, chat: Chat, prompt: str, pictures: list) -> None:

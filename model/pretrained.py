@@ -7,6 +7,7 @@ brings along, such as code (`auto_map`), adapters or kernels, is not even looked
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,9 @@ def refusing_folder(what: str, folder: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         # The tokenizers library panics, which is no Exception.
-        if isinstance(error, UserError) and str(folder) in str(error):
+        # A folder "model" is not named by "model.safetensors".
+        names = (f"{folder}{os.sep}", f" in {folder} ")
+        if isinstance(error, UserError) and any(name in str(error) for name in names):
             raise
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"{first} {others[0].strip()}" if first.endswith(":") and others else first

@@ -36,6 +36,8 @@ def load_tokenizer(path: str | Path = TOKENIZER_PATH) -> PreTrainedTokenizerBase
         # A file may cut every text, or fill it up.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+        # It looks whether a text is too long: what the file says of that has to be a number.
+        tokenizer.encode(IMAGE_TOKEN)
         conversation = [{"role": "user", "content": ""}]
         values = {"messages": conversation, "add_generation_prompt": False}
         values |= {"tools": None, "documents": None, **tokenizer.special_tokens_map}

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import zipfile
 from collections import Counter
 
@@ -64,6 +65,11 @@ def test_every_picture_of_a_folder(setup, mode):
     assert finished.returncode == 0, finished.stdout
     assert finished.stdout.count("tokens/s, first token after") == 2
     assert "[a.png]" in finished.stdout and "skipped: image damaged" in finished.stdout
+    (folder / "bad").mkdir(exist_ok=True)
+    shutil.move(folder / "pictures/broken.jpg", folder / "bad/broken.jpg")
+    finished = run_script("eval_vlm.py", *mode, *flags, "--images_dir", folder / "bad")
+    assert finished.returncode == 2, "nothing was answered"
+    assert finished.stdout.endswith("error: none of these pictures could be read\n")
 
 
 def test_multi_image_mode_asks_about_a_folder_at_once(setup):

@@ -185,6 +185,7 @@ BROKEN = [
     ("tokenizer", "tokenizer.json", edit("version", 9)),
     *[("tokenizer", TOKENIZER_CONFIG, change) for change in [cut, fill(b"[1]"), fill(b"\xff")]],
     ("tokenizer", TOKENIZER_CONFIG, edit("bos_token", ["<s>"])),
+    ("tokenizer", TOKENIZER_CONFIG, edit("model_max_length", "long")),
     ("tokenizer", TOKENIZER_CONFIG, edit("added_tokens_decoder", {"x": {"content": 3}})),
     *[("tokenizer", "chat_template.jinja", fill(template)) for template in TEMPLATES],
     ("tokenizer", "chat_template.jinja", Path.unlink),
@@ -211,6 +212,14 @@ def test_what_is_broken_is_one_line_that_names_the_folder(
     message = str(raised.value)
     assert str(folder) in message and "\n" not in message and len(message) < 600, message
     assert not capfd.readouterr().out
+
+
+def test_a_folder_with_the_name_of_a_word_is_named(folders, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders["vision"], "model")
+    Path("model", WEIGHTS).unlink()
+    with pytest.raises(UserError, match="cannot load the vision encoder in model "):
+        load("vision", Path("model"))
 
 
 @pytest.mark.parametrize("kind", ["vision", "tokenizer", "llava"])
