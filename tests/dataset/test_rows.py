@@ -88,9 +88,7 @@ def test_a_mixture_has_each_source_as_often_as_its_weight(tmp_path, processor):
         )
     entries = [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl", f"{tmp_path}/c.jsonl:.34"]
     data = open_data(entries, None, processor, 200)
-    counts = Counter(
-        data.read(index)[0].conversations[1]["content"] for index in range(len(data))
-    )
+    counts = Counter(data.read(index)[0].conversations[1]["content"] for index in range(len(data)))
     assert all(counts[f"a{number}"] == 2 for number in range(100)) and all(
         counts[f"b{n}"] == 1 for n in range(60)
     )
