@@ -48,8 +48,9 @@ class StopSignal:
         except ValueError:
             # a notebook's thread
             earlier = None
+        watcher = threading.Thread(target=_watch, args=(receiver, describe), daemon=True)
         if earlier is not None and not is_interactive():
-            threading.Thread(target=_watch, args=(receiver, describe), daemon=True).start()
+            watcher.start()
         try:
             yield
         finally:
@@ -58,6 +59,9 @@ class StopSignal:
             # Loader workers have copies of both ends: closing alone would not end the thread.
             sender.shutdown(socket.SHUT_RDWR)
             sender.close()
+            # A thread that is still there when Python ends can abort the process, with status 134.
+            if watcher.is_alive():
+                watcher.join(timeout=1)
             for number, handler in zip(NUMBERS, previous):
                 if handler is not None:
                     handle_signal(number, handler)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import psutil
@@ -9,6 +10,7 @@ import pytest
 
 from scripts.processes import as_flags
 from tests.helpers import ROOT, free_port, run_script, start_script, wait_for_steps
+from trainer.stop import StopSignal
 
 # A run whose pictures lie on a drive that stops to answer after so many of them.
 STUCK = """
@@ -66,6 +68,14 @@ def test_a_second_signal_ends_at_once(flags, tmp_path, number):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, printed
     assert f"stopped by {number.name} in the middle of a step; the last run state" in printed
+
+
+def test_nothing_watches_after_a_run():
+    """A thread that is still there when Python ends can abort the process."""
+    before = set(threading.enumerate())
+    with StopSignal().listening(str):
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
 
 
 def test_a_second_run_of_the_same_name_is_refused(options, flags, tmp_path):
