@@ -147,7 +147,10 @@ class TrainConfig:
         0, "optimizer steps over which the learning rate rises from 0", least=0, most=MOST_STEPS
     )
     grad_clip: float = option(
-        1.0, "largest norm of the gradient; a longer one is scaled down", least=0, most=1_000_000
+        1.0,
+        "largest norm of the gradient; a longer one is scaled down; 0: none is",
+        least=0,
+        most=1_000_000,
     )
     max_steps: int | None = option(
         None,

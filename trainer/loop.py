@@ -1,6 +1,7 @@
 """The training loop of both stages."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -95,7 +96,7 @@ def train(
 
             # clip and update
             with meter.timed("optimizer"):
-                grad_norm = nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+                grad_norm = nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             sampler.advance()

@@ -230,6 +230,7 @@ def test_a_browser_fetches_nothing_that_people_write(echo_page, listener):
     with playwright.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
+        page.set_default_timeout(180_000)  # ms; a busy machine is slow
         page.goto(echo_page)
         upload = {"name": name, "mimeType": "image/png", "buffer": file.getvalue()}
         page.locator("input[type=file]").first.set_input_files([upload])

@@ -242,6 +242,12 @@ def test_a_notebook_trains_with_one_call_and_the_vision_encoder_stays(
     assert moved >= {"vision_proj.vision_proj.0.weight", "tok_embeddings.weight", "norm.weight"}
 
 
+def test_a_grad_clip_of_0_is_none(run, tmp_path):
+    for clip in ("0", "1000000"):
+        run(grad_clip=clip, max_steps=3, out_dir=tmp_path / clip)
+    assert losses(tmp_path / "0") == losses(tmp_path / "1000000")
+
+
 def test_validation_as_often_as_asked(one_process, run, options, tmp_path):
     run(val_data=options["data_path"], val_interval=2)
     lines = read_log(tmp_path, "validation")
