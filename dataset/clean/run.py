@@ -153,10 +153,9 @@ def print_summary(settings: Settings, summary: dict) -> None:
         lines = [f"  {name:{width}}{count:10,}" for name, count in summary[title].items()]
         print("\n".join([f"{title}:", *lines, ""] if lines else []), end="")
     pictures = summary["pictures"]
-    print(
-        f"pictures: {pictures['different']:,} different ones, "
-        f"{pictures['rows_of_text_only']:,} rows are text only"
-    )
+    text_only = pictures["rows_of_text_only"]
+    about_text = f", {text_only:,} rows are text only" if text_only else ""
+    print(f"pictures: {pictures['different']:,} different ones{about_text}")
     print(f"report: {out / 'report.html'}")
     if rows["train"]:
         print(f"next: {next_command(settings, rows)}")
