@@ -148,8 +148,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 def test_any_bytes_are_refused_in_one_line(tmp_path_factory, content, start, ending):
     path = tmp_path_factory.mktemp("bytes") / f"lm_512.{ending}"
     path.write_bytes(start + content)
-    kinds = "is damaged or not a weights file|holds no state dict|is (a|an|packed by) [A-Z.a-z]+"
-    with pytest.raises(UserError, match=kinds) as refused:
+    with pytest.raises(
+        UserError, match="holds no state dict|pth is [a-zA-Z]|tensors is [a-zA-Z]"
+    ) as refused:
         read_weights(path)
     assert "\n" not in str(refused.value)
 
