@@ -85,11 +85,12 @@ def test_nothing_changes_once_pytorch_is_imported(monkeypatch):
 
 # of torchrun's ranks
 RANK = """
-import os
+import os, sys
 from common import threads
 threads.count_cores = lambda: 6
 threads.choose_threads()
-print("threads:", os.environ["OMP_NUM_THREADS"])
+# in one piece: ranks share the output
+sys.stdout.write(f"threads: {os.environ['OMP_NUM_THREADS']}\\n")
 """
 
 
