@@ -44,7 +44,7 @@ class Owner:
             return
 
     @property
-    def is_certain(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the lock is held, so that nobody else can be the owner."""
         return self.lock.is_locked
 
@@ -55,7 +55,7 @@ class Owner:
         return "another run"
 
     def release(self) -> None:
-        if self.is_certain:
+        if self.is_held:
             # Windows removes no file that is open.
             with suppress(OSError):
                 self.path.unlink()

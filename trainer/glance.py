@@ -9,7 +9,8 @@ from common.errors import BadSampleError
 from common.text import IMAGE_TAG
 from model.processing import check_conversation
 
-ROWS_LOOKED_AT = 500  # for the question that opens most of them
+# At the start of a run: a longer look at a set of millions would keep it waiting.
+ROWS_LOOKED_AT = 500
 
 
 def glance(data, indices: Iterable[int]) -> Iterator[tuple[str, list]]:

@@ -109,7 +109,7 @@ class RunState:
             paths.weights.with_suffix(".lock"),
             f"{paths.weights.with_suffix('')}.*: wait for its end, or choose another --save_name",
         )
-        if self.owner.is_certain:
+        if self.owner.is_held:
             for path in (paths.weights, paths.best):
                 sweep_partials(path.parent, f"{path.stem}.")
             sweep_partials(paths.resume, "step-")

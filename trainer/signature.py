@@ -7,15 +7,13 @@ from common.errors import BadSampleError
 from model.model_vlm import MiniMindVLM
 from model.weights import describe_config
 from trainer.config import TrainConfig
-from trainer.glance import spread
+from trainer.glance import ROWS_LOOKED_AT, spread
 
 # Options that give every step its meaning. Others may change: a run may be made longer, be cut
 # into other batches, and read, save and log as it likes.
 FIXED = ("seed", "max_seq_len", "learning_rate", "warmup_iters", "grad_clip")
 # What a run always says anew.
 UNSAID = {*FIXED, "resume"}
-# A longer look at a set of millions would keep a resumed run waiting.
-ROWS_LOOKED_AT = 500
 
 
 def describe_identity(model: MiniMindVLM, train_data) -> dict[str, int | float | str]:

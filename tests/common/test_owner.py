@@ -11,7 +11,7 @@ from common.owner import Owner, sweep_partials
 from tests.helpers import ROOT
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom common.owner import Owner\n"
-HOLD += "owner = Owner(Path(sys.argv[1]), 'it')\nprint(owner.is_certain, flush=True)\n"
+HOLD += "owner = Owner(Path(sys.argv[1]), 'it')\nprint(owner.is_held, flush=True)\n"
 HOLD += "time.sleep(600)\n"
 
 
@@ -38,16 +38,16 @@ def test_a_second_owner_is_refused_until_the_first_is_dead(other, tmp_path):
     other.kill()
     other.wait()
     owner = Owner(path, "out/x: wait")
-    assert owner.is_certain and f"process {os.getpid()} " in path.read_text()
+    assert owner.is_held and f"process {os.getpid()} " in path.read_text()
     # an error in a notebook leaves one behind
     again = Owner(path, "out/x: wait")
     again.release()
-    assert not owner.is_certain and not path.exists()
+    assert not owner.is_held and not path.exists()
 
 
 def test_a_folder_that_takes_no_lock_refuses_nobody(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    assert not Owner(tmp_path / "file/run.lock", "it").is_certain
+    assert not Owner(tmp_path / "file/run.lock", "it").is_held
 
     def unknown(*_):
         raise OSError(38, "no locks on this drive")
@@ -55,7 +55,7 @@ def test_a_folder_that_takes_no_lock_refuses_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", unknown)
     owner = Owner(tmp_path / "run.lock", "it")
     owner.release()
-    assert not owner.is_certain
+    assert not owner.is_held
 
 
 def test_only_halves_of_the_owners_files_are_swept(tmp_path):
