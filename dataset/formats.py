@@ -6,9 +6,11 @@
     messages            messages: [{role, content}], content a text       in the parts, or images
                         or parts {type: text | image | image_url, ...}
     question/answer     query and response, question and answer, ...      image, images
-    captions            caption, text, ...: the question is drawn         image, file_name, ...
+    captions            caption, text, ..., one or a list; or a list for  image, file_name, ...
+                        each language: en, zh, ...; the question is drawn
 
-Pictures may stand under any key of `row_images.IMAGE_KEYS`.
+Of several captions, or right answers, one is learned; an evaluation compares with all. Pictures
+may stand under any key of `row_images.IMAGE_KEYS`.
 """
 
 import json
@@ -49,16 +51,22 @@ CHAT_KEYS = (
 QUESTION_KEYS = "query", "question", "instruction", "prompt", "problem", "user"
 ANSWER_KEYS = (
     *("response", "answer", "output", "completion", "answers", "multiplechoiceanswer"),
-    *("solution", "assistant", "chosen"),
+    *("solution", "assistant", "chosen", "references"),
 )
 PAIR_KEYS = QUESTION_KEYS, ANSWER_KEYS
 CAPTION_KEYS = (
     *("caption", "captions", "text", "txt", "description", "sentence", "sentences", "texts"),
     *("imagecaption", "comment", "alttext", "alt", "blipcaption", "prompt", "title", "raw"),
-    *("captionstr",),
+    *("captionstr", "references"),
 )
-# Where the words of a caption are, if it is an object.
-CAPTION_TEXTS = "raw", "caption", "text"
+# A key of captions in one language: its ISO 639 code, with a region or a script if need be. Codes
+# that are words in other sets are left out: "id", "is", "it", "no", "or", "so", "to".
+LANGUAGE_KEY = re.compile(
+    "(?:en|zh|ja|ko|de|fr|es|pt|ru|uk|ar|fa|he|hi|bn|tr|vi|th|pl|cs|sv|da|fi|nl|el|hu|ro|hr|sw|mi|"
+    "fil|te|ta)(?:[-_][A-Za-z]{2,4})?"
+)
+# Where the words of a caption, or an answer, are if it is an object.
+INNER_TEXTS = "raw", "caption", "text", "answer"
 # What nothing here can show to a model.
 OTHER_MEDIA = {"video", "videos", "videopath", "audio", "audios", "audiopath"}
 # Names of the two sides in other sets.
@@ -107,22 +115,29 @@ class Row:
         images: of each picture a name to look up, or its encoded file.
         other: the keys that are neither ("id", "type", ...).
         repairs: what had to be repaired, in words that can be counted.
+        captions: of a row that has captions only, all of them by their language, "" where the row
+            does not say it; the question in `conversations` was drawn.
+        answers: all right answers to the question, if the row has a list of them.
     """
 
     conversations: list[dict]
     images: list[str | bytes]
     other: dict
     repairs: tuple[str, ...] = ()
+    captions: dict[str, list[str]] | None = None
+    answers: list[str] | None = None
 
 
 class Text(NamedTuple):
-    """The text of a record, and the pictures that stand in it."""
+    """The text of a record, and the pictures that stand in it; see `Row` for the rest."""
 
     format: str
     keys: tuple[str, ...]  # of the record, that it came from
     turns: list[dict]
     # One for each picture among the parts of turns; None: the next one that the record has.
     images: list[str | bytes | None]
+    captions: dict[str, list[str]] | None = None
+    answers: list[str] | None = None
 
 
 def convert(record: dict) -> Row:
@@ -153,7 +168,7 @@ def convert(record: dict) -> Row:
     if len(images) == 1 and not count_tags(turns):
         turns = _put_in_front(turns)
         repairs = () if text.format == "captions" else (PUT_IN_FRONT,)
-    return Row(turns, images, other, repairs)
+    return Row(turns, images, other, repairs, text.captions, text.answers)
 
 
 def _read_published(record: dict) -> Row | None:
@@ -204,7 +219,8 @@ def has_text(names: list[str]) -> bool:
     """Whether columns of these names can hold the text of rows: "messages", "caption", ..."""
     simple = {*map(simplify_key, names)}
     is_asked = not simple.isdisjoint(QUESTION_KEYS) and not simple.isdisjoint(ANSWER_KEYS)
-    return is_asked or not simple.isdisjoint((*CHAT_KEYS, *CAPTION_KEYS))
+    is_told = not simple.isdisjoint((*CHAT_KEYS, *CAPTION_KEYS))
+    return is_asked or is_told or any(map(LANGUAGE_KEY.fullmatch, names))
 
 
 def _has_tag(turns: list[dict]) -> bool:
@@ -429,45 +445,61 @@ def _read_question(record: dict) -> Text | None:
         turns = record["history"] + turns
     if isinstance(record.get("system"), str) and record["system"]:
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    return Text(f"{question}/{answer}", tuple(keys), *_read_turns(turns))
+    answers = list_texts(record[answer]) if isinstance(record[answer], list) else None
+    turns, images = _read_turns(turns)
+    return Text(f"{question}/{answer}", tuple(keys), turns, images, answers=answers)
 
 
 def choose_answer(value: object) -> object:
     """The answer that most people gave, where a record has a list of them."""
     if isinstance(value, list):
-        answers = [one.get("answer") if isinstance(one, dict) else one for one in value]
-        counts = Counter(answer for answer in answers if isinstance(answer, str))
+        counts = Counter(list_texts(value))
         return max(counts, key=counts.get, default=None)
     return str(value) if isinstance(value, int | float) else value
 
 
+def list_texts(value: object) -> list[str]:
+    """The captions, or answers, that a value is: a text, an object that has one, a list of these.
+
+    A table has lists as text. What is blank or something else is left out.
+    """
+    if isinstance(value, str):
+        value = read_list(value) or value
+    texts = []
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, dict):
+            one = next((one[key] for key in INNER_TEXTS if key in one), None)
+        if isinstance(one, str) and one.strip():
+            texts.append(one)
+    return texts
+
+
 def _read_caption(record: dict) -> Text | None:
-    """A picture and a text about it: the question is drawn, the same one each time."""
-    key = _find_key(record, CAPTION_KEYS)
-    if (
-        key is None
-        or find_image_key({name: record[name] for name in record if name != key}) is None
-    ):
+    """A picture and texts about it: caption and question are drawn, the same ones each time."""
+    # by language, or in whatever key has them
+    keys = tuple(filter(LANGUAGE_KEY.fullmatch, record))
+    captions = {key: texts for key in keys if (texts := list_texts(record[key]))}
+    if not captions:
+        key = _find_key(record, CAPTION_KEYS)
+        if key is None:
+            return None
+        keys, captions = (key,), {"": list_texts(record[key])}
+    if find_image_key({name: record[name] for name in record if name not in keys}) is None:
         return None
-    caption, seed = record[key], zlib.crc32(repr(sorted(record)).encode())
-    if isinstance(caption, str):
-        caption = read_list(caption) or caption
-    if isinstance(caption, list):
-        texts = [*map(_read_caption_text, caption)]
-        captions = [one for one in texts if isinstance(one, str) and one.strip()]
-        caption = captions[seed % len(captions)] if captions else None
-    if not isinstance(caption, str):
-        shown = reprlib.repr(record[key])
-        raise BadSampleError("turn without text content", f"{key} is {shown}")
+    texts = [text for group in captions.values() for text in group]
+    if not texts:
+        shown = reprlib.repr(record[keys[0]])
+        raise BadSampleError("turn without text content", f"{keys[0]} is {shown}")
+
+    # one of them
+    seed = zlib.crc32(repr(sorted(record)).encode())
+    if len(texts) > 1:
+        seed = zlib.crc32("\n".join(texts).encode("utf-8", "backslashreplace"), seed)
+    caption = texts[seed % len(texts)]
+
+    # a question in its language
     questions = CHINESE_QUESTIONS if is_chinese(caption) else QUESTIONS
     seed = zlib.crc32(caption.encode("utf-8", "backslashreplace"), seed)
     question = f"{IMAGE_TAG}\n{questions[seed % len(questions)]}"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
-    return Text("captions", (key,), turns, [])
-
-
-def _read_caption_text(caption: object) -> object:
-    """The words of one of several captions."""
-    if isinstance(caption, dict):
-        return next((caption[key] for key in CAPTION_TEXTS if key in caption), None)
-    return caption
+    return Text("captions", keys, turns, [], captions)
