@@ -142,7 +142,7 @@ def print_answer(config: EvalConfig, chat: Chat, prompt: str, pictures: list) ->
 
 def converse(config: EvalConfig, vlm: VLM) -> None:
     """Answer what is typed until /exit, or the end of the input; a mistake costs one line."""
-    from inference.chat import PICTURE_SIDE
+    from inference.chat import NO_PICTURE, PICTURE_SIDE
     from model.image import load_image
 
     print(f"Ask away. {COMMANDS}.")
@@ -162,6 +162,8 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
                 new_pictures.append(load_image(path, PICTURE_SIDE))
             elif line.startswith("/") or not line:
                 print(COMMANDS)
+            elif not (chat.n_images or new_pictures):
+                print(f"{NO_PICTURE} (/image FILE)")
             else:
                 print_answer(config, chat, line, new_pictures)
                 new_pictures = []

@@ -68,11 +68,14 @@ def decode_one_token(
     return model.output(hidden[:, -1])
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Choose a token of each row: float[B, vocab_size] -> int64[B].
 
     Temperature 0 takes the likeliest token. With top_p < 1 one is drawn from the likeliest tokens
-    that hold this probability together (nucleus sampling, Holtzman et al. 2020).
+    that hold this probability together (nucleus sampling, Holtzman et al. 2020). Random numbers
+    come from `generator`, or from PyTorch's own, which all share.
     """
     # greedy; divided by less, logits would not fit into float32
     if temperature < LEAST_TEMPERATURE:
@@ -80,7 +83,7 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tens
     # draw
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     if top_p == 1:
-        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
     # rank tokens by probability: on a CPU the likeliest, and all only if these are not enough
     vocab_size = logits.shape[-1]
@@ -91,7 +94,8 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tens
 
     # The token that crosses top_p still belongs.
     is_outside = ranked.cumsum(dim=-1) - ranked >= top_p
-    choice = torch.multinomial(ranked.masked_fill(is_outside, 0.0), num_samples=1)  # (B, 1)
+    allowed = ranked.masked_fill(is_outside, 0.0)
+    choice = torch.multinomial(allowed, 1, generator=generator)  # (B, 1)
     return order.gather(-1, choice).squeeze(-1)
 
 
@@ -105,6 +109,7 @@ def generate(
     max_new_tokens: int = 512,
     temperature: float = 0.65,
     top_p: float = 0.85,
+    seed: int | None = None,
     eos_token_id: int = 2,
     pad_token_id: int = 0,
     stream: bool = False,
@@ -120,6 +125,7 @@ def generate(
         max_new_tokens: longest answer; it is shorter if max_seq_len leaves less room.
         temperature: 0 takes the likeliest token; larger numbers give rarer ones a chance.
         top_p: probability that the tokens to choose from hold together, above 0, at most 1.
+        seed: the same one gives the same answer, whatever else draws random numbers meanwhile.
         eos_token_id: an answer ends with this token.
         pad_token_id: what follows an answer that ended before the others.
         stream: return an iterator of int64[B, n], all new tokens so far, one step at a time.
@@ -143,6 +149,7 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}: it has to be at least 1")
 
     # generate
+    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     steps = _generate_steps(
         model,
         input_ids,
@@ -150,7 +157,7 @@ def generate(
         image_features,
         attention_mask,
         max_new_tokens=min(max_new_tokens, n_free),
-        choose=partial(sample, temperature=temperature, top_p=top_p),
+        choose=partial(sample, temperature=temperature, top_p=top_p, generator=generator),
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
         check_interval=GPU_CHECK_INTERVAL if input_ids.is_cuda and not stream else 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from model.weights import PROJECTOR, build_with_weights, read_sizes, read_weight
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.image_processing_utils import BaseImageProcessor
 
 # Sizes of the vision encoder in the JSON beside a weights file.
 VISION_SIZES = ("vision_dim", "n_image_tokens")
@@ -47,6 +47,7 @@ class VLM:
         temperature: float = 0.65,
         top_p: float = 0.85,
         max_new_tokens: int = 512,
+        seed: int | None = None,
     ) -> str | Iterator[str]:
         """Answer one question.
 
@@ -57,8 +58,10 @@ class VLM:
             temperature: 0 takes the likeliest token; larger numbers give rarer ones a chance.
             top_p: probability that the tokens to choose from hold together.
             max_new_tokens: longest answer, in tokens.
+            seed: the same one gives the same answer.
 
-        BadSampleError for a picture that cannot be read, UserError for a prompt that is too long.
+        BadSampleError for a picture that cannot be read, UserError for a prompt that is blank or
+        too long.
         """
         # any number of pictures
         if images is None:
@@ -72,6 +75,7 @@ class VLM:
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
+            seed=seed,
         )
         return pieces if stream else "".join(pieces)
 
@@ -149,7 +153,7 @@ def load_file(
     dim: int | None,
     n_layers: int | None,
     max_seq_len: int | None,
-) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+) -> tuple[MiniMindVLM, BaseImageProcessor]:
     """The network of a .pth file, and its image processor.
 
     Args:
@@ -160,11 +164,7 @@ def load_file(
     # sizes
     path, weights = files.weights, read_weights(files.weights)
     sizes = read_sizes(weights, path)
-    if not any(name.startswith(PROJECTOR) for name in weights):
-        raise UserError(
-            f"{path} is a language model that has not learned to see: train it with "
-            "train_pretrain_vlm.py, or pass weights that came out of training"
-        )
+    check_eyes(weights, path)
     sizes |= files.info.get("config", {})
     check_size("dim", dim, sizes["dim"], path)
     check_size("n_layers", n_layers, sizes["n_layers"], path)
@@ -175,7 +175,7 @@ def load_file(
     sizes["vocab_size"] = vocab_size
     if max_seq_len is not None:
         sizes["max_seq_len"] = max_seq_len
-    config = VLMConfig.for_vision_encoder(vision_encoder.config, **sizes)
+    config = VLMConfig.for_vision_encoder(vision_encoder, **sizes)
     return build_with_weights(config, vision_encoder, weights, path), image_processor
 
 
@@ -185,7 +185,7 @@ def load_directory(
     dim: int | None,
     n_layers: int | None,
     max_seq_len: int | None,
-) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+) -> tuple[MiniMindVLM, BaseImageProcessor]:
     """The same for a transformers directory."""
     from model.llava import load_transformers_directory
 
@@ -201,6 +201,15 @@ def load_directory(
             f"{files.tokenizer} has {vocab_size}: pass the --tokenizer it was trained with"
         )
     return model, image_processor
+
+
+def check_eyes(weights: Iterable[str], path: Path) -> None:
+    """UserError where the names of the weights are those of a language model alone."""
+    if not any(name.startswith(PROJECTOR) for name in weights):
+        raise UserError(
+            f"{path} is a language model that has not learned to see: train it with "
+            "train_pretrain_vlm.py, or pass weights that came out of training"
+        )
 
 
 def check_size(name: str, given: int | None, actual: int, path: Path) -> None:

@@ -93,6 +93,58 @@ def choose_weights(config: AskConfig) -> Path:
     return find_weights(path)
 
 
+def list_model_paths(config: AskConfig) -> list[Path]:
+    """Every model that the flags lead to: .pth files of those that see, transformers directories.
+
+    These are --weights, all in --out_dir, and --transformers_dir if it is there; where there is
+    nothing, what `make demo` left, or what is shipped. MissingFileError where --weights or --load 1
+    names what is not there.
+    """
+    # named by the flags
+    paths = []
+    if config.weights is not None or config.load == 1:
+        path = find_own(choose_weights(config))
+        is_folder = path.is_dir() and not (path / "config.json").is_file()
+        paths += list_models(path) if is_folder else []
+        paths.append(find_model_files(path, config.tokenizer, config.vision_model).weights)
+
+    # beside them
+    paths += list_models(find_own(config.out_dir))
+    folder = find_own(config.transformers_dir)
+    paths += [folder] if (folder / "config.json").is_file() else []
+    for place in DEMO_FOLDERS:
+        paths = paths or list_models(find_own(place))
+
+    # each once
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+
+
+def read_scores(weights: Path) -> dict[str, Any]:
+    """How well a model answers, as it was measured last; {} if that is not known.
+
+    Args:
+        weights: NAME.pth, beside which NAME.scores.json may lie, or of the demo its report.
+
+    Returns some of exact (share of answers that are exactly right), cider, data (what it was
+    measured on), questions (how many), date.
+    """
+    kinds = {"exact": float | int, "cider": float | int, "data": str, "questions": int, "date": str}
+    reports = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
+    try:
+        path = weights.with_suffix(".scores.json")
+        if path.is_file():
+            scores = read_json(path)
+        else:
+            path = weights.with_name(reports.get(weights.stem, ""))
+            scores = {"exact": read_json(path)["accuracy"]["overall"], "data": "eval.jsonl"}
+    # A score is only shown: a damaged one keeps nobody from the model.
+    except (UserError, OSError, KeyError, TypeError):
+        return {}
+    return {
+        name: scores[name] for name, kind in kinds.items() if isinstance(scores.get(name), kind)
+    }
+
+
 def find_model_files(
     weights: str | Path,
     tokenizer: str | Path | None = None,

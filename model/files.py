@@ -37,6 +37,8 @@ def read_default_dim() -> int:
 TOKENIZER_PATH = "model/minimind_tokenizer"
 VISION_MODEL_PATH = "model/vision_model"
 DEFAULT_DIM = read_default_dim()  # width if nothing else says it
+# The demo's vision encoder has seen rendered scenes only: things on a ground of one color.
+DEMO_ENCODER = ROOT / "model/demo/vision_model"
 MAX_JSON_BYTES = 16 * 2**20  # of a file that describes a model
 OUT_DIR = "out"  # of weights, if none is given
 # Published names of weights, by --model_mode.
@@ -64,6 +66,10 @@ def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
         f"no CLIP in {name_places(path)}: fetch it with `python -m scripts.download clip`, "
         "or point --vision_model to it"
     )
+
+
+def is_demo_encoder(folder: str | Path) -> bool:
+    return Path(folder).resolve() == DEMO_ENCODER.resolve()
 
 
 def find_own(path: str | Path) -> Path:

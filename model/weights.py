@@ -24,7 +24,7 @@ from model.model_vlm import MiniMindVLM
 from model.tensor_files import check_numbers, read_tensors, refusing_damage, save_atomically
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel
+    from model.vision import VisionEncoder
 
 PROJECTOR = "vision_proj."
 MOST_NAMED = 8  # keys in a message
@@ -67,21 +67,23 @@ def save_weights(model: MiniMindLM, path: Path, **facts) -> None:
     save_atomically(select_weights(model), path)
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, only_shapes: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a .pth or .safetensors file, without the buffers some published files carry.
 
     Those of a network that was wrapped (`module.`, `_orig_mod.`) get its own names; in a file that
-    holds more than them, such as a run state, they are found. MissingFileError, or UserError for a
-    file that is damaged, holds anything but tensors, or holds nan or infinity.
+    holds more than them, such as a run state, they are found. With `only_shapes` the numbers stay
+    on disk and are not checked, see `read_tensors`. MissingFileError, or UserError for a file that
+    is damaged, holds anything but tensors, or holds nan or infinity.
     """
-    content = read_tensors(find_weights(path))
+    content = read_tensors(find_weights(path), only_shapes)
     weights = find_state_dict(content)
     if weights is None:
         raise UserError(f"{path} holds no state dict of tensors: is it a weights file?")
     named = {_WRAPPERS.sub("", str(name)): weight for name, weight in weights.items()}
     kept = {name: weight for name, weight in named.items() if not _IGNORED.search(name)}
-    with refusing_damage(path):
-        check_numbers(kept, path)
+    if not only_shapes:
+        with refusing_damage(path):
+            check_numbers(kept, path)
     return kept
 
 
@@ -136,7 +138,7 @@ def load_weights(
 
 def build_with_weights(
     config: VLMConfig,
-    vision_encoder: CLIPVisionModel,
+    vision_encoder: VisionEncoder,
     weights: Mapping[str, torch.Tensor],
     source: str | Path,
 ) -> MiniMindVLM:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from common.errors import BadSampleError
-from model.files import ROOT
+from model.files import is_demo_encoder
 from model.image import load_image
 from trainer.config import TrainConfig
 from trainer.glance import glance, spread
@@ -26,8 +26,6 @@ MEAN_FACTOR = 0.6
 LEAST_REACH = 0.01
 # What is suggested instead, and the highest rate that was tried.
 GOOD_REACH, HIGHEST_RATE = 0.2, 1e-3
-# The demo's vision encoder has seen rendered scenes only: things on a ground of one color.
-DEMO_ENCODER = ROOT / "model/demo/vision_model"
 # Ground is over half of any scene, and under 5 % of half of all photographs.
 LEAST_GROUND = 0.4
 # So few rows did not teach a language model to see.
@@ -103,10 +101,6 @@ def check_start(weights: Path | None, n_rows: int) -> str | None:
         "from weights that see, such as --init_weights out/sft_vlm_512.pth (docs/data.md, Small "
         "sets)"
     )
-
-
-def is_demo_encoder(folder: str) -> bool:
-    return Path(folder).resolve() == DEMO_ENCODER.resolve()
 
 
 def read_pictures(train_data) -> list[Image.Image]:
