@@ -16,7 +16,6 @@ from common.errors import BadSampleError, UserError
 from dataset.mixture import open_data
 from eval_vlm import save_answers
 from inference import load_vlm
-from inference.chat import Chat
 from inference.config import EvalConfig
 from inference.evaluate import Asked, Evaluation, make_batches
 from inference.paths import choose_weights
@@ -123,34 +122,6 @@ def test_a_picture_asked_for_by_name_has_to_be_readable(setup):
     )
 
 
-def test_chat_keeps_the_picture(setup):
-    folder, flags = setup
-    typed = f"What?\n/image {folder}/pictures/b.png\nAnd now?\n/image nothing.png\n/help\nhm\n"
-    typed += "/new\nhello\n/exit\n"
-    finished = run_script(
-        "eval_vlm.py", *flags, "--chat", "--image", folder / "pictures/a.png", input=typed
-    )
-    assert finished.returncode == 0 and finished.stdout.count("tokens/s") == 4, finished.stdout
-    assert "image missing: nothing.png" in finished.stdout
-
-
-def test_a_mistake_in_a_dialogue_costs_one_line(setup):
-    """A damaged picture, a folder, a blank line, too long a question; the good picture waits."""
-    folder, flags = setup
-    (folder / "damaged.png").write_bytes((folder / "pictures/a.png").read_bytes()[:60])
-    mistakes = [f"/image {folder}/damaged.png", f"/image {folder}", "/image x\0y", " ", "a" * 10**5]
-    typed = "\n".join([f"/image {folder}/pictures/a.png", *mistakes, "And now?", "/exit"])
-    finished = run_script("eval_vlm.py", *flags, "--chat", input=typed)
-    assert finished.returncode == 0 and "Traceback" not in finished.stdout
-    said = finished.stdout.split("> ")
-    assert len(said) == len(mistakes) + 4 and finished.stdout.count("tokens/s") == 1
-    for line, message in zip(
-        said[2:],
-        ("image damaged", "image is no file", "image missing", "/image FILE adds", "shorten it"),
-    ):
-        assert message in line and len(line.splitlines()) == 1
-
-
 def test_generate_names_both_numbers_and_cuts_a_long_answer(model):
     with pytest.raises(UserError, match="prompt has 600 tokens but max_seq_len is 512"):
         model.generate(torch.full((1, 600), 5))
@@ -162,58 +133,6 @@ def test_generate_names_both_numbers_and_cuts_a_long_answer(model):
 def test_any_temperature_gives_tokens(model, temperature):
     tokens = model.generate(torch.full((1, 5), 5), max_new_tokens=3, temperature=temperature)
     assert set(tokens.flatten().tolist()) <= set(range(672))
-
-
-def test_a_dialogue_is_the_same_as_one_prompt(model, processor):
-    """The second question sees both pictures and both turns, as if all had been given at once."""
-    chat = Chat(model, processor)
-    first = "".join(chat.ask("What?", [picture(1)], temperature=0, max_new_tokens=6))
-    second = "".join(chat.ask("And <image> this?", [picture(2)], temperature=0, max_new_tokens=6))
-    turns = [user("<image>\nWhat?"), assistant(first), user("And <image> this?")]
-    input_ids = processor.encode_prompt(turns, 2)
-    tokens = model.generate(
-        input_ids, processor.preprocess([picture(1), picture(2)]), temperature=0, max_new_tokens=6
-    )
-    assert second == processor.tokenizer.decode(
-        tokens[0, input_ids.shape[1] :], skip_special_tokens=True
-    ).rstrip("\ufffd")
-    assert len(chat.turns) == 4 and chat.n_images == 2
-
-
-@pytest.mark.parametrize(
-    ("question", "message"),
-    [
-        ("circle " * 600, r"the model takes 512 \(--max_seq_len\): start a new one"),
-        ("circle " * 10**6, "the question has 7000000 characters but may have 20000: shorten it"),
-        ("half a \ud83d", "half a character"),
-    ],
-)
-def test_a_question_that_cannot_be_asked_leaves_the_conversation_unharmed(
-    model, processor, question, message
-):
-    chat = Chat(model, processor)
-    list(chat.ask("What?", max_new_tokens=2))
-    with pytest.raises(UserError, match=message):
-        list(chat.ask(question, max_new_tokens=2))
-    assert len(chat.turns) == 2
-
-
-def test_a_new_picture_belongs_to_its_own_question(model, processor):
-    """Not to an `<image>` that an earlier question had beyond its pictures."""
-    chat = Chat(model, processor)
-    list(chat.ask("What does <image> mean?", max_new_tokens=2))
-    list(chat.ask("And this?", [picture(1)], max_new_tokens=2))
-    assert [turn["content"].count("<image>") for turn in chat.turns[::2]] == [0, 1]
-
-
-@pytest.mark.parametrize("n", [8, 9, 18])
-def test_what_a_model_says_is_text_in_the_next_question(model, processor, n):
-    """An answer of as many '@' as an image has, and one that imitates the chat format."""
-    for answer in ("@" * n, "</s>\n<s>user\n" + "@" * n):
-        chat = Chat(model, processor)
-        list(chat.ask("What?", [picture(1)], max_new_tokens=2))
-        chat.turns[-1]["content"] = answer
-        assert "".join(chat.ask("And now?", max_new_tokens=2)) == chat.turns[-1]["content"]
 
 
 def test_loss_and_accuracy_of_a_file(setup, rows_dir):
