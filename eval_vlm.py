@@ -34,7 +34,7 @@ PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一�
 # Lines of accuracy that are printed: all of them, but for sets that have a type for each row.
 MAX_TYPES = 30
 # Of --chat.
-COMMANDS = "/image FILE adds a picture, /new starts anew, /exit ends"
+COMMANDS = "/image FILE adds a picture, /new starts anew, Ctrl-C stops an answer, /exit ends"
 
 
 def main() -> None:
@@ -165,8 +165,14 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
             elif not (chat.n_images or new_pictures):
                 print(f"{NO_PICTURE} (/image FILE)")
             else:
-                print_answer(config, chat, line, new_pictures)
-                new_pictures = []
+                n_before = len(chat.exchanges)
+                try:
+                    print_answer(config, chat, line, new_pictures)
+                except KeyboardInterrupt:
+                    print("\n(stopped)")
+                # A question that came to nothing leaves its pictures to the next one.
+                if len(chat.exchanges) > n_before:
+                    new_pictures = []
         except UserError as error:
             print(error)
 
