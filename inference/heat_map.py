@@ -1,0 +1,55 @@
+"""A map over the patches of a picture, drawn on the picture."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+# What turns normalized pixels into colors again. CLIP's; those of other encoders are close enough
+# for a picture that is to be recognized.
+MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+# Of the picture under the map: how bright, and how gray, so that the colors are those of the map.
+BRIGHTNESS, GRAYNESS = 0.5, 0.4
+# How much of the picture the brightest color covers.
+COVER = 0.9
+
+
+def draw_map(
+    pixels: torch.Tensor | np.ndarray, heat: np.ndarray, top: float | None = None
+) -> Image.Image:
+    """A picture as the model sees it, under the colors of a map.
+
+    Args:
+        pixels: [3, H, W], uint8 or normalized floats as `preprocess` gives them.
+        heat: float[rows, cols]; what is below 0 counts as 0.
+        top: the number that has the brightest color, for maps that are to be compared; the largest
+            of `heat` if not given.
+
+    Returns RGB, W x H.
+    """
+    from matplotlib import colormaps
+
+    # the picture, dim
+    picture = to_colors(pixels)  # (H, W, 3)
+    gray = picture @ np.float32([0.299, 0.587, 0.114])  # (H, W)
+    picture = BRIGHTNESS * ((1 - GRAYNESS) * picture + GRAYNESS * gray[..., None])
+
+    # the map: each pixel has the number of its patch, 0 to 1
+    (rows, cols), (height, width) = heat.shape, gray.shape
+    top = max(float(heat.max()) if top is None else top, 1e-9)
+    strength = np.clip(heat / top, 0, 1).astype(np.float32)
+    row, col = np.arange(height) * rows // height, np.arange(width) * cols // width
+    strength = strength[row][:, col]  # (H, W)
+
+    # A perceptually uniform colormap, without its darkest colors: 0 is the picture alone.
+    colors = 255 * colormaps["inferno"](0.15 + 0.85 * strength)[..., :3]  # (H, W, 3)
+    cover = COVER * np.sqrt(strength)[..., None]  # (H, W, 1)
+    mixed = (1 - cover) * picture + cover * colors
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def to_colors(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
+    """float32[H, W, 3] of 0 to 255, see `draw_map` for `pixels`."""
+    pixels = torch.as_tensor(pixels).cpu().permute(1, 2, 0).numpy()  # (H, W, 3)
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32)
+    return ((pixels * np.float32(STD) + np.float32(MEAN)) * 255).clip(0, 255)
