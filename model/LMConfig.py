@@ -99,7 +99,7 @@ class VLMConfig(LMConfig):
     """LMConfig plus what joins it to a vision encoder.
 
     The defaults fit CLIP ViT-B/16 at 224 x 224: (224 / 16)^2 = 196 patches of 768 features.
-    `for_vision_encoder` reads them off another encoder's own configuration.
+    `for_vision_encoder` reads them off another encoder.
 
     Args:
         image_special_token: the text that stands for an image, one '@' a patch.
@@ -130,28 +130,28 @@ class VLMConfig(LMConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def for_vision_encoder(cls, vision_config: PretrainedConfig, **sizes) -> "VLMConfig":
-        """Join a language model of these `sizes` (see LMConfig) to a CLIP vision encoder."""
-        n_patches = count_patches(vision_config)
-        return cls(
-            image_special_token=IMAGE_TOKEN * n_patches,
-            vision_dim=vision_config.hidden_size,
-            **sizes,
-        )
+    def for_vision_encoder(cls, vision_encoder: object, **sizes) -> "VLMConfig":
+        """Join a language model of these `sizes` (see LMConfig) to a vision encoder.
 
-    def check_vision_encoder(self, vision_config: PretrainedConfig) -> None:
+        Args:
+            vision_encoder: see model/vision.py; or the configuration of a CLIP or SigLIP, which
+                says as much.
+        """
+        n_patches, width = _read_shape(vision_encoder)
+        return cls(image_special_token=IMAGE_TOKEN * n_patches, vision_dim=width, **sizes)
+
+    def check_vision_encoder(self, vision_encoder: object) -> None:
         """UserError unless patches and width are those of this vision encoder."""
-        n_patches = count_patches(vision_config)
+        n_patches, width = _read_shape(vision_encoder)
         if self.n_image_tokens != n_patches:
             raise UserError(
                 f"an image has {self.n_image_tokens} tokens but the vision encoder makes "
-                f"{n_patches} patches: use VLMConfig.for_vision_encoder(vision_encoder.config)"
+                f"{n_patches} patches: use VLMConfig.for_vision_encoder(vision_encoder)"
             )
-        if self.vision_dim != vision_config.hidden_size:
+        if self.vision_dim != width:
             raise UserError(
-                f"vision_dim is {self.vision_dim} but the vision encoder is "
-                f"{vision_config.hidden_size} wide: use "
-                "VLMConfig.for_vision_encoder(vision_encoder.config)"
+                f"vision_dim is {self.vision_dim} but the vision encoder is {width} wide: use "
+                "VLMConfig.for_vision_encoder(vision_encoder)"
             )
 
     @property
@@ -164,8 +164,15 @@ class VLMConfig(LMConfig):
         return self.image_ids[0]
 
 
+def _read_shape(vision_encoder: object) -> tuple[int, int]:
+    """(patches, width) of a vision encoder or of its configuration."""
+    if isinstance(vision_encoder, PretrainedConfig):
+        return count_patches(vision_encoder), vision_encoder.hidden_size
+    return vision_encoder.n_patches, vision_encoder.width
+
+
 def count_patches(vision_config: PretrainedConfig) -> int:
-    """Patches of a picture; UserError for sizes that cannot be."""
+    """Patches of a picture of a CLIP or SigLIP; UserError for sizes that cannot be."""
     check_sizes(vision_config.to_dict(), VISION_SIZES, "the vision encoder's configuration")
     if vision_config.image_size < vision_config.patch_size:
         raise UserError(

@@ -1,68 +1,45 @@
 """MiniMind-V <-> transformers' stock LLaVA: the same network under other names.
 
 `LlavaForConditionalGeneration` computes what MiniMindVLM computes if its text model is a Llama, its
-vision encoder a CLIP, and the second layer of its projector the identity. Two things differ:
+vision encoder a CLIP, SigLIP or DINOv2, and the second layer of its projector the identity. Two
+things differ:
 
 - Llama rotates half-split pairs (x0, x8), (x1, x9) ..., MiniMind interleaved ones (x0, x1),
   (x2, x3) ..., so the rows of wq and wk are reordered.
 - `<image>` gets a token id of its own behind the vocabulary, so that '@' in text stays text.
 
-The tests use this as an oracle, and `load_vlm` to read a transformers directory.
+The sizes are in llava_config.py. The tests use this as an oracle, and `load_vlm` to read a
+transformers directory.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from common.errors import UserError
-from common.numbers import check_number
 from model.files import read_json
+from model.image_processor import picture_side
+from model.llava_config import llava_config, minimind_config, read_llava_config
 from model.LMConfig import LMConfig, VLMConfig, size_names
 from model.model_vlm import MiniMindVLM
-from model.pretrained import build, load_image_processor, read_folder_weights, refusing_folder
-from model.sizes import LANGUAGE_SIZES
-from model.vision import load_vision_encoder, make_vision_config
+from model.pretrained import build, read_folder_weights, refusing_folder
+from model.vision import VisionEncoder, as_vision_encoder, load_own_processor, load_vision_encoder
+from model.vision_config import read_vision_config
+from model.vision_families import find_family
 from model.weights import build_with_weights, load_weights, read_weights
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.image_processing_utils import BaseImageProcessor
 
 # How LLaVA's names begin.
 VISION = "model.vision_tower."
 TEXT = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
-# How it joins language model and vision encoder.
-JOINTS = {
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "default",
-    "projector_hidden_act": "linear",
-}
-# Our sizes of the language model, and Llama's.
-TEXT_SIZES = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "vocab_size": "vocab_size",
-    "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-    "rope_theta": "rope_theta",
-}
-# What a Llama may have and ours has not; what is not said is so.
-LLAMA = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "rope_type": "default",
-}
 # Our names within a layer, and Llama's.
 LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -75,60 +52,6 @@ LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-
-
-def llava_config(config: VLMConfig, vision_config: CLIPVisionConfig) -> LlavaConfig:
-    """The sizes of the LLaVA that computes the same."""
-    text_config = LlamaConfig(
-        hidden_size=config.dim,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        intermediate_size=config.hidden_dim,
-        # The last id is <image>.
-        vocab_size=config.vocab_size + 1,
-        rms_norm_eps=config.norm_eps,
-        max_position_embeddings=config.max_seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        attention_bias=False,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=config.vocab_size,
-        image_seq_length=config.n_image_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="linear",
-        tie_word_embeddings=True,
-    )
-
-
-def minimind_config(config: LlavaConfig) -> VLMConfig:
-    """The sizes of the MiniMind-V that computes the same; UserError if there is none."""
-    text = config.text_config
-    for name, value in {**JOINTS, "image_token_index": text.vocab_size - 1}.items():
-        if getattr(config, name) != value:
-            raise UserError(
-                f"this LLaVA has {name} {getattr(config, name)}, a MiniMind-V has {value}: "
-                "it is another model"
-            )
-    return VLMConfig.for_vision_encoder(
-        config.vision_config,
-        dim=text.hidden_size,
-        n_layers=text.num_hidden_layers,
-        n_heads=text.num_attention_heads,
-        n_kv_heads=text.num_key_value_heads,
-        vocab_size=text.vocab_size - 1,
-        hidden_dim=text.intermediate_size,
-        norm_eps=text.rms_norm_eps,
-        max_seq_len=text.max_position_embeddings,
-        rope_theta=text.rope_parameters["rope_theta"],
-    )
 
 
 def map_names(config: VLMConfig) -> dict[str, str]:
@@ -165,17 +88,20 @@ def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def to_llava(model: MiniMindVLM) -> LlavaForConditionalGeneration:
-    """The stock LLaVA that computes the same as `model`, which has to have its vision encoder."""
+    """The stock LLaVA that computes the same as `model`, which has to have its vision encoder.
+
+    UserError where no LLaVA has such a vision encoder.
+    """
     config, ours = model.config, model.state_dict()
-    llava = LlavaForConditionalGeneration(llava_config(config, model.vision_encoder.config))
+    network = as_vision_encoder(model.vision_encoder).network
+    llava = LlavaForConditionalGeneration(llava_config(config, network.config))
 
     # what both have
     weights = {
         theirs: to_half_split(ours[name], config.head_dim) if is_rotated(name) else ours[name]
         for name, theirs in map_names(config).items()
     }
-    vision_weights = model.vision_encoder.state_dict()
-    weights |= {f"{VISION}{name}": weight for name, weight in vision_weights.items()}
+    weights |= {f"{VISION}{name}": weight for name, weight in network.state_dict().items()}
 
     # embeddings: that of <image> is never looked at, so it may be the mean
     embeddings = ours["tok_embeddings.weight"]
@@ -190,16 +116,25 @@ def to_llava(model: MiniMindVLM) -> LlavaForConditionalGeneration:
     return llava.eval()
 
 
-def from_llava(llava: LlavaForConditionalGeneration) -> MiniMindVLM:
+def from_llava(llava: LlavaForConditionalGeneration, image_size: int | None = None) -> MiniMindVLM:
     """The MiniMind-V that computes the same as a LLaVA, sharing its vision encoder.
 
     Accepted is what `to_llava` makes, also after further training that left the second layer of
-    the projector alone: a Llama behind a CLIP whose last layer is read without the class token, a
-    projector that is linear and whose second layer is the identity, `<image>` as the last token.
-    UserError for any other LLaVA.
+    the projector alone: a Llama behind a vision encoder whose last layer is read without a class
+    token, a projector that is linear and whose second layer is the identity, `<image>` as the last
+    token. UserError for any other LLaVA.
+
+    Args:
+        llava: the model.
+        image_size: pixels of a side of its pictures; if not given, what its configuration says.
     """
     # does it fit
-    config = minimind_config(llava.config)
+    vision_config = llava.config.vision_config
+    if image_size is None and not find_family(vision_config.model_type).fixed_size:
+        # A DINOv2 takes pictures of any size; this LLaVA was made for so many patches of one.
+        image_size = math.isqrt(llava.config.image_seq_length) * vision_config.patch_size
+    vision_encoder = VisionEncoder(llava.model.vision_tower, image_size)
+    config = minimind_config(llava.config, vision_encoder)
     theirs = llava.state_dict()
     second = theirs[f"{PROJECTOR}linear_2.weight"]
     identity = torch.eye(config.dim, dtype=second.dtype, device=second.device)
@@ -215,7 +150,7 @@ def from_llava(llava: LlavaForConditionalGeneration) -> MiniMindVLM:
         weights[name] = to_interleaved(weight, config.head_dim) if is_rotated(name) else weight
     # without the row of <image>
     weights["tok_embeddings.weight"] = theirs[f"{TEXT}embed_tokens.weight"][:-1]
-    model = MiniMindVLM(config, llava.model.vision_tower)
+    model = MiniMindVLM(config, vision_encoder)
     load_weights(model, weights, "the LLaVA")
     return model.eval()
 
@@ -238,15 +173,15 @@ def to_llava_ids(
 
 def load_transformers_directory(
     folder: Path, vision_model: Path | None, max_seq_len: int | None = None
-) -> tuple[MiniMindVLM, CLIPImageProcessorPil]:
+) -> tuple[MiniMindVLM, BaseImageProcessor]:
     """Load a LLaVA made by `to_llava`, or the published MiniMind2-V.
 
     The published directory has our own names for the weights, a config.json of `model_type`
-    "minimind-v", and no CLIP. Code that a directory brings along is not run.
+    "minimind-v", and no vision encoder. Code that a directory brings along is not run.
 
     Args:
         folder: the directory.
-        vision_model: folder of CLIP; a LLaVA has its own and needs none.
+        vision_model: folder of the vision encoder; a LLaVA has its own and needs none.
         max_seq_len: most tokens of a sequence; that of the directory if not given.
 
     Returns (model in eval mode, its image processor).
@@ -254,60 +189,20 @@ def load_transformers_directory(
     with refusing_folder("model", folder):
         facts = read_json(folder / "config.json")
         if facts.get("model_type") == "llava":
-            config = read_llava_config(facts, max_seq_len)
+            vision_config, _ = read_vision_config(facts.get("vision_config"))
+            image_processor = load_own_processor(folder, vision_config)
+            image_size = picture_side(image_processor)
+            config = read_llava_config(facts, vision_config, image_size, max_seq_len)
             llava = build(LlavaForConditionalGeneration, config, read_folder_weights(folder))
-            size = config.vision_config.image_size
-            return from_llava(llava), load_image_processor(folder, size)
+            return from_llava(llava, image_size), image_processor
 
     # transformers' own entries of the file are no sizes
     sizes = {name: facts[name] for name in size_names(LMConfig) if facts.get(name) is not None}
     if max_seq_len is not None:
         sizes["max_seq_len"] = max_seq_len
     vision_encoder, image_processor = load_vision_encoder(vision_model)
-    config = VLMConfig.for_vision_encoder(vision_encoder.config, **sizes)
+    config = VLMConfig.for_vision_encoder(vision_encoder, **sizes)
     file = folder / "model.safetensors"
     if not file.is_file():
         file = folder / "pytorch_model.bin"
     return build_with_weights(config, vision_encoder, read_weights(file), file), image_processor
-
-
-def read_llava_config(facts: dict, max_seq_len: int | None) -> LlavaConfig:
-    """The sizes in a LLaVA's config.json; UserError where it is no MiniMind-V.
-
-    Args:
-        facts: the whole file.
-        max_seq_len: most tokens of a sequence; that of the file if not given.
-    """
-    # a Llama and nothing more
-    text = facts.get("text_config")
-    if not isinstance(text, dict):
-        raise UserError("config.json has no text_config")
-    rope = text.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_parameters in config.json is {rope!r:.80}: it has to be an object")
-    found = {**LLAMA, "rope_type": rope.get("rope_type", "default"), **text}
-    for name, value in LLAMA.items():
-        if found[name] != value:
-            raise UserError(f"its {name} is {found[name]!r:.80}, a MiniMind-V has {value}")
-
-    # its sizes, under our names
-    text = text | {"rope_theta": rope.get("rope_theta", text.get("rope_theta"))}
-    sizes = {}
-    for ours, theirs in TEXT_SIZES.items():
-        sizes[ours] = text.get(theirs)
-        check_number(f"{theirs} in config.json", sizes[ours], *LANGUAGE_SIZES[ours])
-    if max_seq_len is not None:
-        sizes["max_seq_len"] = max_seq_len
-    # The last token is <image>.
-    sizes["vocab_size"] -= 1
-    vision_config = make_vision_config(facts.get("vision_config"))
-    config = llava_config(VLMConfig.for_vision_encoder(vision_config, **sizes), vision_config)
-
-    # how the two are joined
-    for name in (*JOINTS, "image_token_index"):
-        if facts.get(name) != getattr(config, name):
-            raise UserError(
-                f"this LLaVA has {name} {facts.get(name)!r:.80}, a MiniMind-V has "
-                f"{getattr(config, name)}: it is another model"
-            )
-    return config

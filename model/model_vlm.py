@@ -1,4 +1,4 @@
-"""MiniMind-V: image -> frozen CLIP -> one linear projector -> rows of the language model's input.
+"""MiniMind-V: image -> frozen vision encoder -> one linear projector -> rows of the LM's input.
 
 pixel_values ── encode_images ──> image_features ── vision_proj ──> patch embeddings
 input_ids    ── tok_embeddings ─> embeddings, those of the image tokens replaced by patches
@@ -18,10 +18,10 @@ from common.errors import UserError
 from model.labels import find_labels
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache, MiniMindLM
-from model.vision import patch_features
+from model.vision import VisionEncoder, as_vision_encoder, patch_features
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel
+    from transformers import PreTrainedModel
 
 
 class VLMOutput(NamedTuple):
@@ -76,26 +76,20 @@ class MiniMindVLM(MiniMindLM):
 
     Args:
         config: sizes of both.
-        vision_encoder: CLIP's vision half, see model/vision.py; it is frozen here. None if the
-            model only gets text, or `image_features` instead of pictures.
+        vision_encoder: see model/vision.py; it is frozen. A network of transformers, such as
+            a CLIPVisionModel, is made one. None if the model only gets text, or `image_features`
+            instead of pictures.
     """
 
-    def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
+    def __init__(
+        self, config: VLMConfig, vision_encoder: VisionEncoder | PreTrainedModel | None = None
+    ):
         super().__init__(config)
         if vision_encoder is not None:
-            config.check_vision_encoder(vision_encoder.config)
-            vision_encoder.requires_grad_(False)
+            vision_encoder = as_vision_encoder(vision_encoder)
+            config.check_vision_encoder(vision_encoder)
         self.vision_encoder = vision_encoder
         self.vision_proj = VisionProj(config.vision_dim, config.dim)
-        # CLIP goes into eval mode at once.
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> MiniMindVLM:
-        """The same as for any module, but the vision encoder stays in eval mode."""
-        super().train(mode)
-        if self.vision_encoder is not None:
-            self.vision_encoder.eval()
-        return self
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """float[k, 3, H, W] -> float[k, patches, vision_dim], without gradient."""

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.errors import UserError
-from common.numbers import check_number
 from model.files import read_json
 from model.tensor_files import check_numbers, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 # The better one first; each may be in parts, with a list of them beside.
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -126,78 +124,9 @@ def build(
     if found["mismatched_keys"]:
         name, given, expected = min(found["mismatched_keys"])
         raise UserError(f"{name} is {tuple(given)}, config.json asks for {tuple(expected)}")
-    missing = sorted(name for name in found["missing_keys"] if not name.endswith("position_ids"))
+    # what older versions do not write: what follows from sizes, and a count for training
+    unwritten = ("position_ids", "num_batches_tracked")
+    missing = sorted(name for name in found["missing_keys"] if not name.endswith(unwritten))
     if missing:
         raise UserError(f"it lacks {len(missing)} weights, such as {missing[0]}")
     return model.eval()
-
-
-def load_image_processor(folder: Path, image_size: int) -> CLIPImageProcessorPil:
-    """How pictures are prepared for the vision encoder beside it, which takes that many pixels.
-
-    Resized, cropped in the middle, scaled to 0 ... 1 and normalized, as for any CLIP; sizes, colors
-    and resampling are the folder's. UserError where its file is missing, damaged or asks for more.
-    """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    # transformers 5 may write the second of them
-    place = "preprocessor_config.json"
-    if (folder / place).is_file():
-        facts = read_json(folder / place)
-    else:
-        place = "processor_config.json"
-        facts = read_json(folder / place).get("image_processor")
-    if not isinstance(facts, dict):
-        raise UserError(f"{place} describes no image_processor")
-    facts = {name: value for name, value in facts.items() if value is not None}
-
-    # what is the same for all
-    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-        if facts.get(name, True) is not True:
-            raise UserError(f"{name} in {place} is {facts[name]!r:.40}: a CLIP has it true")
-    check_number(f"rescale_factor in {place}", facts.get("rescale_factor", 1 / 255), 0.0039, 0.004)
-
-    # what is the folder's own
-    size = _read_size(facts.get("size", image_size), f"size in {place}")
-    crop = _read_size(facts.get("crop_size", image_size), f"crop_size in {place}")
-    if set(crop.values()) != {image_size}:
-        raise UserError(
-            f"crop_size in {place} is {crop}, but the vision encoder takes {image_size}"
-        )
-    if min(size.values()) < image_size:
-        raise UserError(f"size in {place} is {size}, less than the crop of {image_size}")
-    colors = {
-        name: _read_colors(facts[name], f"{name} in {place}", least)
-        # Pixels are divided by the deviation.
-        for name, least in (("image_mean", -10), ("image_std", 0.001))
-        if name in facts
-    }
-    resample = facts.get("resample", 3)
-    check_number(f"resample in {place}", resample, 0, 5, is_whole=True)
-    return CLIPImageProcessorPil(
-        size=size,
-        crop_size={"height": image_size, "width": image_size},
-        resample=resample,
-        **colors,
-    )
-
-
-def _read_size(value: object, place: str) -> dict[str, int]:
-    """{"shortest_edge": 224} of that or of 224, {"height": 224, "width": 224} of that."""
-    sides = value if isinstance(value, dict) else {"shortest_edge": value}
-    if sides.keys() not in ({"shortest_edge"}, {"height", "width"}):
-        raise UserError(
-            f"{place} is {value!r:.80}: it has to have shortest_edge, or height and width"
-        )
-    for side in sides.values():
-        check_number(place, side, 1, 4096, is_whole=True)
-    return sides
-
-
-def _read_colors(value: object, place: str, least: float) -> list[float]:
-    """A number for each of three colors."""
-    if not isinstance(value, list) or len(value) != 3:
-        raise UserError(f"{place} is {value!r:.80}: it has to be a list of three numbers")
-    for number in value:
-        check_number(place, number, least, 10)
-    return value

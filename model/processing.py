@@ -5,7 +5,7 @@ The way of one row:
     conversations ── check_conversation ──> [(role, content)], user and assistant in turn
                   ── match_image_tags ────> as many `<image>` tags as there are images
                   ── encode_turns ────────> input_ids, labels; each `<image>` is 196 image tokens
-    images        ── preprocess ──────────> pixel_values float[k, 3, 224, 224]
+    images        ── preprocess ──────────> pixel_values float[k, 3, H, W]
 
 The chat format is `<s>role\\ncontent</s>\\n` for each turn, a system turn first.
 """
@@ -20,12 +20,14 @@ from common.errors import BadSampleError
 from common.text import IMAGE_TAG
 from model.files import TOKENIZER_PATH
 from model.image import load_image
+from model.image_processor import picture_side, resize_picture
 from model.labels import IGNORE_INDEX, count_labels, find_labels
 from model.LMConfig import VLMConfig
 from model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
 
 __all__ = [
     "IGNORE_INDEX",
@@ -121,14 +123,14 @@ class VLMProcessor:
 
     Args:
         tokenizer: see `load_tokenizer`.
-        image_processor: CLIP's, which belongs to the vision encoder.
+        image_processor: the one that belongs to the vision encoder.
         config: sizes of the model; it gives the image token and how many an image has.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        image_processor: CLIPImageProcessor,
+        image_processor: BaseImageProcessor,
         config: VLMConfig,
     ):
         self.tokenizer = tokenizer
@@ -192,10 +194,10 @@ class VLMProcessor:
         return torch.tensor([input_ids + self._format_ids["<s>assistant\n"]])
 
     def preprocess(self, images: list) -> torch.Tensor:
-        """float32[k, 3, H, W] of k pictures (or what `load_image` takes), as CLIP wants them."""
+        """float32[k, 3, H, W] of k pictures (or what `load_image` takes), for the encoder."""
         if not images:
-            size = self.image_processor.crop_size
-            return torch.empty(0, 3, size["height"], size["width"])
+            side = picture_side(self.image_processor)
+            return torch.empty(0, 3, side, side)
         # one after the other: a photograph takes 70 MB while it is open
         each = (self.image_processor(load_image(image), return_tensors="pt") for image in images)
         return torch.cat([one["pixel_values"] for one in each])
@@ -205,10 +207,7 @@ class VLMProcessor:
 
         A quarter of the memory; `model.vision.normalize_pixels` does the rest.
         """
-        resized = self.image_processor(
-            load_image(image), do_rescale=False, do_normalize=False, return_tensors="pt"
-        )
-        return resized["pixel_values"][0].to(torch.uint8)
+        return resize_picture(self.image_processor, load_image(image))
 
     def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""

@@ -32,7 +32,7 @@ LANGUAGE_SIZES = {
     "vision_dim": WIDTH,
     "n_image_tokens": Bounds(1, 16_384),
 }
-# Sizes of a CLIP vision encoder, in the words of its config.json.
+# Sizes of vision encoders, in the words of their config.json. Bounds are a few times what there is.
 VISION_SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": Bounds(1, 131_072),
@@ -41,6 +41,38 @@ VISION_SIZES = {
     "image_size": Bounds(1, 2048),
     "patch_size": Bounds(1, 2048),
     "layer_norm_eps": SHARE,
+    # DINO
+    "mlp_ratio": Bounds(1, 64),
+    "num_register_tokens": Bounds(0, 256),
+    "rope_theta": Bounds(1, 10**12, is_whole=False),
+    # CNNs
+    "num_stages": Bounds(1, 8),
+    "embedding_size": WIDTH,
+    "groups_width": WIDTH,
+    "layer_scale_init_value": SHARE,
+    "width_coefficient": Bounds(0.1, 16, is_whole=False),
+    "depth_coefficient": Bounds(0.1, 4, is_whole=False),
+    "depth_divisor": COUNT,
+    "hidden_dim": WIDTH,
+    "squeeze_expansion_ratio": SHARE,
+    "batch_norm_eps": SHARE,
+    "depth_multiplier": Bounds(0.1, 16, is_whole=False),
+    "depth_divisible_by": COUNT,
+    "min_depth": COUNT,
+    "expand_ratio": Bounds(1, 16, is_whole=False),
+    "output_stride": Bounds(1, 64),
+}
+# Sizes of each stage of a CNN.
+VISION_LISTS = {
+    "hidden_sizes": WIDTH,
+    "depths": Bounds(1, 64),
+    "kernel_sizes": Bounds(1, 31),
+    "in_channels": WIDTH,
+    "out_channels": WIDTH,
+    "depthwise_padding": Bounds(0, 1024),
+    "strides": Bounds(1, 4),
+    "num_block_repeats": Bounds(1, 16),
+    "expand_ratios": Bounds(1, 16),
 }
 
 

@@ -31,9 +31,7 @@ def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLM
     sizes = choose_sizes(config, start)
     tokenizer = load_tokenizer(tokenizer_path)
     vision_encoder, image_processor = load_vision_encoder(vision_path)
-    model_config = VLMConfig.for_vision_encoder(
-        vision_encoder.config, vocab_size=len(tokenizer), **sizes
-    )
+    model_config = VLMConfig.for_vision_encoder(vision_encoder, vocab_size=len(tokenizer), **sizes)
     runtime.print(f"sizes: {describe_sizes(sizes, model_config)}")
     if config.max_seq_len > model_config.max_seq_len:
         raise UserError(
@@ -121,13 +119,16 @@ def describe_sizes(sizes: dict[str, int | float], model_config: LMConfig) -> str
 
 
 def compile_blocks(model: MiniMindVLM) -> None:
-    """Compile one block of each kind, for any batch size and length; names of weights stay."""
+    """Compile one block of each kind, for any batch size and length; names of weights stay.
+
+    A CNN's blocks are of many kinds, and are left as they are.
+    """
     compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
     if not any(shutil.which(name) for name in compilers):
         raise UserError(
             "--compile needs a C++ compiler and there is none: install g++, or leave --compile out"
         )
-    for block in (*model.layers, *model.vision_encoder.encoder.layers):
+    for block in (*model.layers, *model.vision_encoder.layers):
         block.compile(dynamic=True)
 
 

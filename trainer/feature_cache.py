@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from common.files import hash_bytes
+from model.vision import as_vision_encoder
 from trainer.feature_format import FeatureFormat
 
 # The two halves of a key, and the checksum of the slot.
@@ -154,11 +155,16 @@ def needed_gb(n_bytes: float) -> str:
 
 
 def name_cache(vision_encoder: nn.Module, image_processor, format: FeatureFormat) -> str:
-    """A folder name that changes with any weight, with the preprocessing, and with the format."""
+    """A folder name that changes with all that a stored number depends on.
+
+    That is any weight, how features are made of it, the preprocessing, and the format.
+    """
+    encoder = as_vision_encoder(vision_encoder)
 
     def contents() -> Iterator[bytes]:
-        for name, weight in sorted(vision_encoder.state_dict().items()):
+        for name, weight in sorted(encoder.network.state_dict().items()):
             yield name.encode() + weight.cpu().flatten().view(torch.uint8).numpy().tobytes()
         yield json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode()
+        yield encoder.recipe.encode()
 
     return f"{hash_bytes(contents(), size=8).hex()}-{format.name}"

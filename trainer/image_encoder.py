@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model.image_processor import pixel_statistics
 from model.model_vlm import MiniMindVLM
 from model.vision import normalize_pixels, patch_features
 from trainer.collate import Batch
@@ -24,7 +25,7 @@ class ImageEncoder:
 
     Args:
         vision_encoder: frozen, on the device.
-        image_processor: CLIP's, for its mean and standard deviation.
+        image_processor: the encoder's, for how bytes become floats.
         device: of the batches.
         cache: what is computed is stored there; None computes every image each time.
     """
@@ -37,9 +38,7 @@ class ImageEncoder:
         cache: FeatureCache | None = None,
     ):
         self.vision_encoder, self.cache = vision_encoder, cache
-        statistics = [image_processor.image_mean, image_processor.image_std]
-        # (2, 3) -> two of (3, 1, 1)
-        self.mean, self.std = torch.tensor(statistics, device=device).view(2, 3, 1, 1)
+        self.mean, self.std = (each.to(device) for each in pixel_statistics(image_processor))
         # Checksums and the disk do not hold up training.
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._unwritten: deque[Future] = deque()

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from model.image_processor import picture_side
 from trainer.collate import BATCHES_AHEAD
 from trainer.runtime import Runtime
 from trainer.sampler import StepSampler
@@ -44,8 +45,8 @@ def is_too_small(train_data, sampler: StepSampler, n_workers: int, runtime: Runt
 
 def estimate_bytes(train_data, batch_size: int) -> int:
     """Of a batch: its images, as pixels or as cached features, and its tokens."""
-    config, crop = train_data.processor.config, train_data.processor.image_processor.crop_size
-    pixels = 3 * crop["height"] * crop["width"]
+    config = train_data.processor.config
+    pixels = 3 * picture_side(train_data.processor.image_processor) ** 2
     features = 2 * config.n_image_tokens * config.vision_dim
     images = -(-train_data.n_images // len(train_data)) * max(pixels, features)
     return batch_size * (images + TOKEN_BYTES * int(train_data.lengths.max()))

@@ -367,7 +367,7 @@ def main() -> None:
         save(vision_encoder, processor, Path(args.out_dir))
 
     # lesson 2, which starts from that file
-    vision_encoder = load_vision_encoder(args.start or args.out_dir)[0].requires_grad_(True)
+    vision_encoder = load_vision_encoder(args.start or args.out_dir)[0].network.requires_grad_(True)
     teach_plain_words(vision_encoder.train(), processor, args)
     shrink_features(vision_encoder.half().float(), processor, args.batch_size)
     save(vision_encoder, processor, Path(args.out_dir))

@@ -32,11 +32,10 @@ def check_item(name: str, root: Path) -> str:
 
 
 def check_clip(folder: Path) -> str:
-    from model.LMConfig import count_patches
     from model.vision import load_vision_encoder
 
-    config = load_vision_encoder(folder)[0].config
-    return f"{count_patches(config)} patches of {config.hidden_size} numbers for an image"
+    encoder, _ = load_vision_encoder(folder)
+    return f"{encoder.n_patches} patches of {encoder.width} numbers for an image"
 
 
 def check_tokenizer(folder: Path) -> str:

@@ -108,7 +108,7 @@ def build_model(args) -> tuple[MiniMindVLM, nn.Module, object]:
     # language model
     vocab_size = len(load_tokenizer(args.tokenizer))
     config = VLMConfig.for_vision_encoder(
-        vision_encoder.config, dim=args.dim, n_layers=args.n_layers, vocab_size=vocab_size
+        vision_encoder, dim=args.dim, n_layers=args.n_layers, vocab_size=vocab_size
     )
     model = MiniMindVLM(config)
     if args.init_weights != "none":
