@@ -5,18 +5,16 @@ python eval_vlm.py --weights out/mine_512.pth --image a.jpg --prompt "What is th
 python eval_vlm.py --image a.jpg b.jpg --prompt "What changes?"
 python eval_vlm.py --chat --image a.jpg                # a dialogue that keeps the picture
 python eval_vlm.py --data rows.jsonl --images_path folder  # loss and exact-answer accuracy
+python eval_vlm.py --data rows.jsonl --images_path folder --metrics  # and scores of captions
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import BadSampleError, MissingFileError, UserError, list_reasons, run_command
-from common.files import IMAGE_SUFFIXES, write_text
+from common.files import IMAGE_SUFFIXES
 from common.flags import parse_flags
 from common.threads import describe_threads
 from dataset.mixture import find_sources, open_data
@@ -27,12 +25,9 @@ from model.files import find_own, read_info
 if TYPE_CHECKING:
     from inference import VLM
     from inference.chat import Chat
-    from inference.questions import Question
 
 # The published questions about one picture, and about several.
 PROMPT, PROMPT_FOR_SEVERAL = "描述一下这个图像的内容。", "比较一下两张图像的异同点。"
-# Lines of accuracy that are printed: all of them, but for sets that have a type for each row.
-MAX_TYPES = 30
 # Of --chat.
 COMMANDS = "/image FILE adds a picture, /new starts anew, Ctrl-C stops an answer, /exit ends"
 
@@ -178,9 +173,12 @@ def converse(config: EvalConfig, vlm: VLM) -> None:
 
 
 def measure(config: EvalConfig, vlm: VLM) -> None:
-    """Print loss and accuracy on rows with known answers."""
+    """Print how well rows with known answers are answered."""
     from inference.evaluate import Evaluation
-    from inference.questions import NO_TYPE, measure_accuracy
+    from inference.metrics import check_package
+    from inference.questions import NO_TYPE, choose_requests
+    from inference.report import find_captions, make_reports, print_reports, save_answers
+    from inference.report_page import save_reports
 
     # read
     max_length = vlm.model.config.max_seq_len
@@ -190,12 +188,15 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
         print(f"repaired: {list_reasons(dataset.repaired)}")
     if dataset.skipped:
         print(f"left out: {list_reasons(dataset.skipped)}")
-    evaluation = Evaluation(vlm, dataset, config.batch_size, **config.sampling)
+    requests = choose_requests(config.prompt, read_info(vlm.weights).get("question"))
+    evaluation = Evaluation(vlm, dataset, config.batch_size, requests, **config.sampling)
     questions = evaluation.collect()
+    if config.metrics and find_captions(questions):
+        check_package()
 
     with save_answers(config.save_report) as save_answer:
         # ask; a question that cannot be asked with one choice of images counts for none
-        for images in config.show_images:
+        for images in config.shown:
             for question in evaluation.answer(questions, images):
                 save_answer(question, images)
             questions = [question for question in questions if images in question.given]
@@ -206,77 +207,17 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
         if not questions:
             raise UserError(f"no question of {' '.join(config.data)} could be asked")
 
-        # score; the loss belongs to the right images only
-        reports = {
-            images: {
-                "images": images,
-                "questions": len(questions),
-                "accuracy": measure_accuracy(questions, images),
-            }
-            for images in config.show_images
-        }
-        if "right" in reports:
-            reports["right"]["loss"] = evaluation.measure_loss()
-            print(f"loss: {reports['right']['loss']:.4f} nats a label token")
-        print_accuracy(reports)
+        # score
+        for images in config.shown:
+            if config.metrics or images == "right":
+                evaluation.measure_loss(questions, images)
+        reports = make_reports(questions, config.shown, config.metrics)
+        print_reports(reports)
 
         # report
         if config.save_report:
-            for images, report in reports.items():
-                report["answers"] = [describe_answer(question, images) for question in questions]
-            content = reports if len(reports) > 1 else reports[config.show_images[0]]
-            write_text(Path(config.save_report), json.dumps(content, ensure_ascii=False, indent=1))
-            print(f"report: {config.save_report}")
-
-
-@contextmanager
-def save_answers(report: str | None) -> Iterator[Callable[[Question, str], None]]:
-    """What writes each answer to a file as it comes, until the report holds them all.
-
-    The file is NAME.answers.jsonl beside the report NAME.json; without a report there is none.
-    """
-    if not report:
-        yield lambda question, images: None
-        return
-    path = Path(report).with_suffix(".answers.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-
-        def save(question: Question, images: str) -> None:
-            answer = {"shown": images, **describe_answer(question, images)}
-            print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
-
-        try:
-            yield save
-        except BaseException:
-            print(f"answers so far: {path}", flush=True)
-            raise
-    path.unlink()
-
-
-def print_accuracy(reports: dict[str, dict]) -> None:
-    """A line for all questions together, and one for each type, of the first MAX_TYPES."""
-    types = list(next(iter(reports.values()))["accuracy"])
-    for kind in types[:MAX_TYPES]:
-        shares = [f"{100 * report['accuracy'][kind]:.1f} %" for report in reports.values()]
-        if len(shares) > 1:
-            names = ["no" if images == "none" else images for images in reports]
-            shares = [f"{share} {name} image" for share, name in zip(shares, names)]
-        print(f"exact answers, {kind}: {', '.join(shares)}")
-    if len(types) > MAX_TYPES:
-        print(f"{len(types) - MAX_TYPES} more types: --save_report FILE has them all")
-
-
-def describe_answer(question: Question, images: str) -> dict:
-    """A question of the report, with the answer that was given with these images."""
-    return {
-        "type": question.type,
-        "question": question.turns[-1]["content"],
-        "answer": question.answer,
-        "given": question.given[images],
-        "is_right": question.is_right(images),
-        "images": list(question.images),
-    }
+            path = Path(config.save_report)
+            save_reports(path, reports, questions, dataset, vlm.weights, config.data)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import OUT_DIR, TOKENIZER_PATH, VISION_MODEL_PATH
 
 DTYPES = ("float32", "float16", "int8")
+# Of a picture that is sent to the web page.
+MAX_UPLOAD_MB = 20
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class EvalConfig(AskConfig):
     prompt: str | None = option(
         None,
         "the question; if not given, the one that opens most rows of the model's training data, "
-        "or a request for a description, in Chinese",
+        "or a request for a description, in Chinese; with --data it asks for captions",
     )
     chat: bool = option(
         False, "type questions; /image FILE adds a picture, /new starts anew, /exit ends"
@@ -149,9 +151,14 @@ class EvalConfig(AskConfig):
         aliases=("--images",),
     )
     show_images: list[Literal["right", "wrong", "none"]] = option(
-        ["right"],
+        [],
         "ask each question of --data with its images, with those of another row, or with none; "
-        "several are measured in one go",
+        "several are measured in one go (right if not given, and all three with --metrics)",
+    )
+    metrics: bool = option(
+        False,
+        "measure more of --data: perplexity, and for captions BLEU-4, ROUGE-L and CIDEr-D, each "
+        "with its 95 % interval; --save_report then adds NAME.md and a page of answers, NAME.html",
     )
     batch_size: int = option(
         32, "questions of --data that are answered together", least=1, most=4096
@@ -161,6 +168,17 @@ class EvalConfig(AskConfig):
         "write scores and answers of --data to this JSON file, and until it is whole each answer "
         "to NAME.answers.jsonl beside it; no file if not given",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.metrics and not self.data:
+            raise UserError("--metrics measures answers to --data: pass --data, or leave it out")
+
+    @property
+    def shown(self) -> list[str]:
+        """The choices of images, each once."""
+        default = ["right", "wrong", "none"] if self.metrics else ["right"]
+        return list(dict.fromkeys(self.show_images or default))
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -174,4 +192,27 @@ class EvalConfig(AskConfig):
 class WebConfig(AskConfig):
     """Options of web_demo_vlm.py; the page begins with these for an answer, and can change them."""
 
-    port: int = option(8000, "port on this machine", least=1, most=65_535, group="page")
+    # What the demo's model changes; the other options are those of AskConfig.
+    temperature: float | None = option(
+        None,
+        "0 takes the likeliest token, larger numbers give rarer ones a chance; if not given, 0.65, "
+        "and 0 for the demo's model, which then answers as it was tested",
+        least=0,
+        most=100,
+        group="answers",
+    )
+
+    port: int = option(8000, "port of the page", least=1, most=65_535, group="page")
+    host: str = option(
+        "localhost",
+        "address that the page listens on; with any other than localhost, everybody who can reach "
+        "this machine can use the page",
+    )
+    examples: list[str] = option(
+        [],
+        "rows with known answers, in any format of docs/data.md: the page offers those that the "
+        "model answers exactly right; if not given, drawn shapes for the demo's model",
+    )
+    examples_images: list[str] = option(
+        [], "folder or .zip of the images that --examples names: one for all files, or one for each"
+    )

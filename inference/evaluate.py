@@ -1,18 +1,21 @@
-"""How well a model answers: its answers to questions of known answer, and its loss on all rows."""
+"""How well a model answers: its answers to questions of known answer, and its loss on these."""
 
 import io
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
+from inference.generate import prefill
 from inference.load import VLM
-from inference.questions import Question, Reasons, choose_images, collect_questions
-from model.labels import IGNORE_INDEX, count_labels
+from inference.questions import Question, Reasons, choose_images, choose_requests, collect_questions
+from model.labels import IGNORE_INDEX
+from model.model_lm import KVCache
 
 # Tokens that an answer may have for each one of the right answer, and beyond them: enough to see
 # that it is wrong, also where the same words are in capitals.
@@ -68,7 +71,7 @@ class Asked(NamedTuple):
         question: see `collect_questions`.
         row: whose pictures come with it; None for no pictures.
         n_prompt: tokens of the prompt.
-        n_answer: most tokens of the answer.
+        n_answer: most tokens of the answer, or of a right one.
     """
 
     question: Question
@@ -86,7 +89,8 @@ class Evaluation:
     Args:
         vlm: the model that is asked.
         dataset: a VLMDataset or MixedDataset.
-        batch_size: questions, or rows, that go through the model together.
+        batch_size: questions that go through the model together.
+        requests: what asks for a caption, see `choose_requests`.
         sampling: options of `generate`; max_new_tokens bounds every answer. By default the
             likeliest tokens.
 
@@ -95,18 +99,22 @@ class Evaluation:
         untyped: the rows whose type could not be used.
     """
 
-    def __init__(self, vlm: VLM, dataset, batch_size: int, **sampling):
+    def __init__(
+        self, vlm: VLM, dataset, batch_size: int, requests: dict[str, str] | None = None, **sampling
+    ):
         self.vlm, self.dataset, self.batch_size = vlm, dataset, batch_size
+        self.requests = requests or choose_requests(None, None)
         self.sampling = {"temperature": 0.0, "max_new_tokens": 512} | sampling
         self.pictures = PictureEncoder(vlm)
         self.left_out, self.untyped = Reasons(dataset), Reasons(dataset)
 
     def collect(self) -> list[Question]:
         """The questions of all rows that can be read."""
-        return list(collect_questions(self.dataset, self.left_out, self.untyped))
+        found = collect_questions(self.dataset, self.left_out, self.untyped, self.requests)
+        return list(found)
 
     def answer(self, questions: list[Question], images: str) -> Iterator[Question]:
-        """Fill in `given[images]` of the questions; yields each one that has an answer.
+        """Fill in `given` and `shown` of the questions; yields each one that has an answer.
 
         Args:
             questions: see `collect_questions`.
@@ -124,18 +132,9 @@ class Evaluation:
         torch.manual_seed(0)
         batches = make_batches(asked, self.batch_size, self.vlm.model.config.max_seq_len)
         for batch in show_progress(batches, f"answer, {images} image", "question"):
-            # those whose pictures can be read
-            readable, keys = [], []
-            for one in batch:
-                try:
-                    keys += self._open_pictures(one)
-                    readable.append(one)
-                except BadSampleError as error:
-                    self.left_out.add(one.row, error)
-
-            # their answers
+            readable, keys = self._open_batch(batch)
             for one, text in zip(readable, self._generate(readable, keys)):
-                one.question.given[images] = text
+                one.question.given[images], one.question.shown[images] = text, one.row
                 yield one.question
 
     def plan(self, question: Question, row: int | None) -> Asked:
@@ -143,31 +142,39 @@ class Evaluation:
 
         BadSampleError for a prompt that leaves no room for an answer.
         """
-        # the prompt
+        n_prompt, n_right = self._count(question, row)
         most = self.vlm.model.config.max_seq_len
-        n_prompt = len(self._encode(question, row))
         if n_prompt >= most:
             raise BadSampleError(
                 "prompt too long", f"{n_prompt} tokens, the model takes {most} (--max_seq_len)"
             )
-
-        # the answer
-        n_right = len(self.vlm.processor.encode_content(question.answer))
         limit = TIMES_TOKENS * n_right + SPARE_TOKENS
         limit = min(limit, self.sampling["max_new_tokens"], most - n_prompt)
         return Asked(question, row, n_prompt, limit)
+
+    def _count(self, question: Question, row: int | None) -> tuple[int, int]:
+        """Tokens of (the prompt, the longest right answer)."""
+        encode = self.vlm.processor.encode_content
+        n_right = max(len(encode(answer)) for answer in question.right_answers)
+        return len(self._encode(question, row)), n_right
 
     def _encode(self, question: Question, row: int | None) -> torch.Tensor:
         """int64[T]: the prompt of a question."""
         n_images = 0 if row is None else len(question.images)
         return self.vlm.processor.encode_prompt(question.turns, n_images)[0]
 
-    def _open_pictures(self, asked: Asked) -> list[bytes]:
-        """Keys of the pictures that come with a question. BadSampleError where one is damaged."""
-        if asked.row is None:
-            return []
-        _, images = self.dataset.read(asked.row)
-        return self.pictures.open(images[: len(asked.question.images)])
+    def _open_batch(self, batch: list[Asked]) -> tuple[list[Asked], list[bytes]]:
+        """(the questions whose pictures can be read, keys of all these pictures in order)."""
+        readable, keys = [], []
+        for one in batch:
+            try:
+                if one.row is not None:
+                    _, images = self.dataset.read(one.row)
+                    keys += self.pictures.open(images[: len(one.question.images)])
+                readable.append(one)
+            except BadSampleError as error:
+                self.left_out.add(one.row, error)
+        return readable, keys
 
     def _generate(self, batch: list[Asked], keys: list[bytes]) -> list[str]:
         """The answers to a batch, each within its own limit; `keys` are of all its pictures."""
@@ -186,45 +193,64 @@ class Evaluation:
         answers = [row[: one.n_answer] for row, one in zip(new_tokens, batch)]
         return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    @torch.no_grad()
-    def measure_loss(self) -> float:
-        """Mean loss over the label tokens of all rows that can be read."""
-        device = self.vlm.model.tok_embeddings.weight.device
-        loss_sum, n_labels = 0.0, 0
-        lengths = self.dataset.lengths
-        order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-        starts = range(0, len(order), self.batch_size)
-        batches = [order[start : start + self.batch_size] for start in starts]
-        for batch in show_progress(batches, "loss", "row"):
-            # a batch of those that can be read: `answer` has counted and named the others
-            samples, keys = [], []
-            for index in batch:
-                try:
-                    sample, images = self.dataset.read_text(index)
-                    keys += self.pictures.open(images)
-                    samples.append(sample)
-                except BadSampleError:
-                    continue
-            if not samples:
-                continue
+    @torch.inference_mode()
+    def measure_loss(self, questions: list[Question], images: str) -> None:
+        """Fill in `loss` of questions that have been answered with these images."""
+        most, asked = self.vlm.model.config.max_seq_len, []
+        for question in questions:
+            n_prompt, n_right = self._count(question, question.shown[images])
+            n_label = min(n_right + 1, most - n_prompt)
+            asked.append(Asked(question, question.shown[images], n_prompt, n_label))
+        batches = make_batches(asked, self.batch_size, most)
+        for batch in show_progress(batches, f"loss, {images} image", "question"):
+            readable, keys = self._open_batch(batch)
+            for one, loss in zip(readable, self._sum_losses(readable, keys)):
+                one.question.loss[images] = loss
 
-            # its loss: a mean over its labels, of which a batch may have few or many
-            input_ids, labels = (
-                pad_sequence(
-                    [sample[name] for sample in samples], batch_first=True, padding_value=padding
-                )
-                for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX))
-            )  # each (B, T)
-            output = self.vlm.model(
-                input_ids.to(device),
-                labels=labels.to(device),
-                image_features=self.pictures.features(keys),
-                return_logits=False,
-            )
-            count = count_labels(labels)
-            loss_sum += float(output.loss) * count
-            n_labels += count
-        return loss_sum / max(n_labels, 1)
+    def _sum_losses(self, batch: list[Asked], keys: list[bytes]) -> list[tuple[float, int]]:
+        """(nats, label tokens) over all right answers of each question.
+
+        The prompt goes through the model once, and each right answer after it.
+        """
+        if not batch:
+            return []
+        # the prompts
+        model = self.vlm.model
+        device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+        input_ids, attention_mask = pad_left([self._encode(one.question, one.row) for one in batch])
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        n_prompt, n_answer = input_ids.shape[1], max(one.n_answer for one in batch)
+        answers = [
+            [self._encode_label(answer)[: one.n_answer] for answer in one.question.right_answers]
+            for one in batch
+        ]
+        cache = KVCache(model.config, len(batch), n_prompt + n_answer, device, dtype)
+        first = prefill(model, input_ids, None, self.pictures.features(keys), attention_mask, cache)
+        attention_mask = F.pad(attention_mask, (0, n_answer), value=1)
+
+        # the first right answer of each question, then the second, ...
+        nats, counts = torch.zeros(len(batch), device=device), torch.zeros(len(batch))
+        for number in range(max(map(len, answers))):
+            labels = pad_sequence(
+                [group[number] if number < len(group) else group[0][:0] for group in answers],
+                batch_first=True,
+                padding_value=IGNORE_INDEX,
+            ).to(device)  # (B, T)
+            embeddings = model.tok_embeddings(labels[:, :-1].clamp(min=0))
+            hidden = embeddings  # (B, T - 1, dim)
+            if hidden.shape[1]:
+                hidden = model.run_layers(embeddings, attention_mask, cache)
+            for row, (before, after) in enumerate(zip(first, hidden)):
+                logits = torch.cat((before[None], model.output(after)))  # (T, vocab_size)
+                nats[row] += F.cross_entropy(logits.float(), labels[row], reduction="sum")
+            counts += (labels != IGNORE_INDEX).sum(1).cpu()
+            cache.rewind(n_prompt)
+        return list(zip(nats.tolist(), counts.int().tolist()))
+
+    def _encode_label(self, answer: str) -> torch.Tensor:
+        """int64[T]: an answer and the token that ends it."""
+        processor = self.vlm.processor
+        return torch.tensor(processor.encode_content(answer) + [processor.tokenizer.eos_token_id])
 
 
 def make_batches(asked: list[Asked], batch_size: int, max_seq_len: int) -> list[list[Asked]]:

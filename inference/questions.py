@@ -13,12 +13,20 @@ from pathlib import Path
 from common.errors import BadSampleError, list_reasons
 from common.files import hash_bytes
 from common.text import IMAGE_TAG, simplify_answer
+from inference.metrics import name_language
 from model.processing import check_conversation
 
 # Characters of the name of a type: it is a word or two in a printed line.
 MAX_TYPE = 60
 # The type of questions without one; and the name of the line for all questions together.
 NO_TYPE, OVERALL = "all", "overall"
+# What is asked about a picture that comes with captions only, as the published data asks it. Other
+# languages are asked in English.
+REQUESTS = {
+    "en": "Describe the image concisely.",
+    "zh": "简要描述这张图片。",
+    "ja": "この画像を簡潔に説明してください。",
+}
 
 
 @dataclass
@@ -29,9 +37,13 @@ class Question:
         row: of the dataset.
         turns: all turns before it.
         images: names of the row's pictures up to here; equal names are equal pictures.
-        answer: the right answer.
-        type: accuracy is also given by type.
+        answer: the right answer, or the first one of several.
+        references: all of them, or all captions; () where there is only one answer.
+        language: of the captions, as the row says it. Captions of one language are compared.
+        type: accuracy is also given by type; that of captions is their language.
         given: the model's answers, by the images it was shown: "right", "wrong" or "none".
+        shown: the row whose pictures came with it, by the same names; None for no pictures.
+        loss: (nats, label tokens) of all right answers, likewise.
     """
 
     row: int
@@ -40,10 +52,20 @@ class Question:
     answer: str
     type: str = NO_TYPE
     given: dict[str, str] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
+    language: str = ""
+    shown: dict[str, int | None] = field(default_factory=dict)
+    loss: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return self.references or (self.answer,)
 
     def is_right(self, images: str) -> bool:
-        """Whether the answer given with these images is exactly right, see `simplify_answer`."""
-        return simplify_answer(self.given[images]) == simplify_answer(self.answer)
+        """Whether the answer given with these images is exactly a right one, by its words."""
+        given = simplify_answer(self.given[images])
+        return any(given == simplify_answer(answer) for answer in self.right_answers)
 
 
 class Reasons:
@@ -79,19 +101,25 @@ def name_row(dataset, index: int) -> str:
     return f"{place} of {dataset.data_path.name}"
 
 
-def collect_questions(dataset, left_out: Reasons, untyped: Reasons) -> Iterator[Question]:
+def collect_questions(
+    dataset, left_out: Reasons, untyped: Reasons, requests: dict[str, str]
+) -> Iterator[Question]:
     """A question for each assistant turn, which is asked after the right turns before it.
+
+    Captions are asked for once in each of their languages.
 
     Args:
         dataset: `dataset.read(i)` gives (row, pictures), as VLMDataset's does.
         left_out: counts the rows that cannot be read.
         untyped: counts the rows whose type cannot be used.
+        requests: what asks for a caption, by language; "en" stands for all that are not there.
     """
     for index in range(len(dataset)):
         # a row
         try:
             row, images = dataset.read(index)
             conversation = check_conversation(row.conversations)
+            check_answers(row)
         except BadSampleError as error:
             left_out.add(index, error)
             continue
@@ -100,16 +128,60 @@ def collect_questions(dataset, left_out: Reasons, untyped: Reasons) -> Iterator[
         except BadSampleError as error:
             untyped.add(index, error)
             type_ = NO_TYPE
+        names = name_images(row.images, images)
+
+        # its captions
+        for language, captions in (row.captions or {}).items():
+            request = requests.get(name_language(language, captions), requests["en"])
+            turns = [{"role": "user", "content": f"{IMAGE_TAG}\n" * len(names) + request}]
+            yield Question(
+                index,
+                turns,
+                names,
+                captions[0],
+                language or type_,
+                references=tuple(captions),
+                language=language,
+            )
+        if row.captions:
+            continue
 
         # its questions; a picture comes with the turn that has its tag, and with those after it
-        names = name_images(row.images, images)
         turns = [{"role": role, "content": content} for role, content in conversation]
         n_tags = 0
         for number, turn in enumerate(turns):
             if turn["role"] == "user":
                 n_tags += turn["content"].count(IMAGE_TAG)
             if turn["role"] == "assistant":
-                yield Question(index, turns[:number], names[:n_tags], turn["content"], type_)
+                is_last = number == len(turns) - 1
+                references = tuple(row.answers or ()) if is_last else ()
+                yield Question(
+                    index,
+                    turns[:number],
+                    names[:n_tags],
+                    turn["content"],
+                    type_,
+                    references=references,
+                )
+
+
+def check_answers(row) -> None:
+    """BadSampleError where one of a row's captions, or right answers, is no text for a model."""
+    groups = [*(row.captions or {}).values(), row.answers or []]
+    for answer in (answer for group in groups for answer in group):
+        check_conversation([{"content": "?"}, {"content": answer}])
+
+
+def choose_requests(prompt: str | None, question: str | None) -> dict[str, str]:
+    """What asks for a caption, by language.
+
+    Args:
+        prompt: the user's, for every language; None or "" if not given.
+        question: that the model was trained on; it comes before that of REQUESTS in its language.
+    """
+    if prompt:
+        return dict.fromkeys(REQUESTS, prompt.replace(IMAGE_TAG, "").strip())
+    return REQUESTS | ({name_language("", [question]): question} if question else {})
 
 
 def name_images(names: list[str | bytes], images: list) -> tuple[str, ...]:

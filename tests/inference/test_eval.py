@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from common.errors import BadSampleError, UserError
 from dataset.mixture import open_data
-from eval_vlm import save_answers
 from inference import load_vlm
 from inference.config import EvalConfig
 from inference.evaluate import Asked, Evaluation, make_batches
 from inference.paths import choose_weights
 from inference.questions import Question, measure_accuracy, read_type, shuffle_images
+from inference.report import save_answers
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -178,7 +178,7 @@ def test_a_picture_is_encoded_once(setup, rows_dir):
     questions = evaluation.collect()
     for images in ("right", "wrong", "none"):
         assert len(list(evaluation.answer(questions, images))) == len(questions)
-    evaluation.measure_loss()
+        evaluation.measure_loss(questions, images)
     assert sum(counted) == len(list((rows_dir / "images").iterdir()))
 
 
