@@ -32,7 +32,7 @@ def occlude(
     answer: str,
     pixel_values: torch.Tensor,
     image: int,
-    word: int,
+    word: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """How much less likely a word is when a patch of a picture is grey.
@@ -41,48 +41,51 @@ def occlude(
         vlm, turns, answer: see `watch_answer`.
         pixel_values: float[k, 3, H, W] of all pictures of the conversation.
         image: index of the picture whose patches are greyed out.
-        word: index of the word, see `Looks.words`.
-        progress: is called with (patches that are done, all patches), about once a second.
+        word: index of the word, see `Looks.words`; None for all words, in about the same time.
+        progress: is called with (patches that are done, all patches) after each batch.
 
-    Returns float32[rows, cols]: the fall of the log-probability of the word's tokens, in nats;
-    negative where the word becomes likelier.
+    Returns float32[rows, cols], or float32[words, rows, cols]: the fall of the log-probability of
+    a word's tokens, in nats; negative where the word becomes likelier.
     """
-    # what the model reads, up to the word's last token, which is only predicted
+    # what the model reads: nothing behind the last token that is asked for, which is only predicted
     model = vlm.model
     input_ids, image_tokens, n_prompt, words = encode_answer(vlm, turns, answer, len(pixel_values))
-    tokens = words[word].tokens
-    targets = input_ids[0, n_prompt + tokens.start : n_prompt + tokens.stop].cpu()
-    n_read = n_prompt + tokens.stop - 1
+    chosen = words if word is None else [words[word]]
+    first, last = (n_prompt + token for token in (chosen[0].tokens[0], chosen[-1].tokens[-1]))
+    targets = input_ids[0, first : last + 1].cpu()
     pixel_values = pixel_values.to(input_ids.device)
     features = model.encode_images(pixel_values)
-    embeddings = model.embed(input_ids, None, features, image_tokens)[:, :n_read]
+    embeddings = model.embed(input_ids, None, features, image_tokens)[:, :last]
 
     # What comes before the picture is the same for all: it is read once, and stays in the cache.
     n_patches = model.config.n_image_tokens
     start = int(image_tokens[image * n_patches])
-    batch_size = choose_batch_size(model, n_read)
-    cache = KVCache(model.config, batch_size, n_read, input_ids.device, embeddings.dtype)
+    batch_size = choose_batch_size(model, last, len(targets))
+    cache = KVCache(model.config, batch_size, last, input_ids.device, embeddings.dtype)
     if start > 0:
         model.run_layers(embeddings[:, :start].expand(batch_size, -1, -1), None, cache)
     following = embeddings[:, start:].repeat(batch_size, 1, 1)
 
-    # the picture as it is, then with each patch grey
+    # log-probability of each token: with the picture as it is, then with each patch grey
     log_probabilities, n_done = [], -1
     for variants in occluded_pictures(pixel_values[image], find_grid(model), batch_size):
-        shown = model.vision_proj(model.encode_images(variants))  # (batch_size, patches, dim)
-        following[:, :n_patches] = shown
+        following[:, :n_patches] = model.vision_proj(model.encode_images(variants))
         cache.rewind(start)
         hidden = model.run_layers(following, None, cache)[:, -len(targets) :]
         # float64: a word that is certain has a log-probability that is nearly 0
         every = model.output(hidden).cpu().double().log_softmax(dim=-1)
-        of_word = every[:, range(len(targets)), targets].sum(dim=1)  # (batch_size,)
-        log_probabilities.append(of_word)
+        log_probabilities.append(every[:, range(len(targets)), targets])  # (batch_size, targets)
         n_done = min(n_done + batch_size, n_patches)
         if progress:
             progress(n_done, n_patches)
 
+    # the falls, summed over the tokens of each word
     clean, greyed = torch.cat(log_probabilities)[: n_patches + 1].split((1, n_patches))
-    return (clean - greyed).view(find_grid(model)).float().numpy()  # (rows, cols)
+    of_tokens = clean - greyed  # (patches, targets)
+    of_tokens = of_tokens.split([len(word.tokens) for word in chosen], dim=1)
+    falls = torch.stack([tokens.sum(dim=1) for tokens in of_tokens])  # (words, patches)
+    falls = falls.unflatten(1, find_grid(model)).float().numpy()  # (words, rows, cols)
+    return falls if word is None else falls[0]
 
 
 def occluded_pictures(
@@ -106,12 +109,19 @@ def occluded_pictures(
         yield variants
 
 
-def choose_batch_size(model: MiniMindVLM, n_tokens: int) -> int:
-    """How many pictures go through the model together; it divides them evenly."""
+def choose_batch_size(model: MiniMindVLM, n_tokens: int, n_targets: int) -> int:
+    """How many pictures go through the model together; it divides them evenly.
+
+    Args:
+        model: see above.
+        n_tokens: that it reads of each row.
+        n_targets: of how many of them it predicts the next one.
+    """
     config = model.config
-    # floats of one picture: an MLP of the vision encoder, one of the language model, the cache
+    # floats of one picture: MLP of the vision encoder; MLP and cache of the language model; logits
     n_floats = config.n_image_tokens * config.vision_dim * 12
     n_floats += n_tokens * (config.hidden_dim * 4 + config.n_layers * config.dim)
+    n_floats += n_targets * config.vocab_size * 5
     is_cpu = model.tok_embeddings.weight.device.type == "cpu"
     most = max(1, (CPU_BYTES if is_cpu else GPU_BYTES) // (4 * n_floats))
     n_pictures = config.n_image_tokens + 1
