@@ -129,14 +129,16 @@ def read_scores(weights: Path) -> dict[str, Any]:
     measured on), questions (how many), date.
     """
     kinds = {"exact": float | int, "cider": float | int, "data": str, "questions": int, "date": str}
-    reports = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
+    path = weights.with_suffix(".scores.json")
+    report = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
     try:
-        path = weights.with_suffix(".scores.json")
         if path.is_file():
             scores = read_json(path)
+        elif weights.stem in report:
+            overall = read_json(weights.with_name(report[weights.stem]))["accuracy"]["overall"]
+            scores = {"exact": overall, "data": "eval.jsonl"}
         else:
-            path = weights.with_name(reports.get(weights.stem, ""))
-            scores = {"exact": read_json(path)["accuracy"]["overall"], "data": "eval.jsonl"}
+            return {}
     # A score is only shown: a damaged one keeps nobody from the model.
     except (UserError, OSError, KeyError, TypeError):
         return {}
