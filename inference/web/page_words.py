@@ -3,9 +3,9 @@
 PAGE_WORDS = {
     # The top of the page.
     "tagline": {
-        "en": "A small model that looks at pictures and answers questions about them.",
-        "zh": "一个会看图、能回答图片问题的小模型。",
-        "ja": "画像を見て質問に答える小さなモデルです。",
+        "en": "Ask about a picture",
+        "zh": "给一张图，问一个问题",
+        "ja": "画像について質問する",
     },
     "knows_scenes": {
         "en": "This demo's model knows drawn shapes only: circles, squares, triangles, stars, "
@@ -57,21 +57,16 @@ PAGE_WORDS = {
         "zh": "提问，可添加或拖入图片",
         "ja": "質問と画像をここに",
     },
-    "examples": {"en": "Try one of these", "zh": "试试这些", "ja": "例を試す"},
+    "examples": {"en": "Or try one of these:", "zh": "或者试试这些：", "ja": "または例をどうぞ："},
     "examples_checked": {
-        "en": "Each was put to this model when it was loaded, and answered exactly right.",
-        "zh": "每个例子在模型载入时都问过一遍，回答完全正确。",
-        "ja": "どれもモデルの読み込み時に一度質問し、完全に正しく答えたものです。",
+        "en": "this model has just answered each of them exactly right.",
+        "zh": "这个模型刚才都答得完全正确。",
+        "ja": "このモデルがたった今、どれも完全に正しく答えたものです。",
     },
     "examples_tried": {
         "en": "Trying examples with this model …",
         "zh": "正在用这个模型试例子……",
         "ja": "このモデルで例を試しています…",
-    },
-    "no_examples": {
-        "en": "Add a picture below and ask about it.",
-        "zh": "在下方添加图片并提问。",
-        "ja": "下に画像を追加して質問してください。",
     },
     "not_uploaded": {
         "en": "not uploaded: a picture may have {most} MB",
@@ -138,5 +133,10 @@ PAGE_WORDS = {
     "head": {"en": "Head", "zh": "头", "ja": "ヘッド"},
     "average": {"en": "average", "zh": "平均", "ja": "平均"},
     "picture": {"en": "Picture {number}", "zh": "图片 {number}", "ja": "画像 {number}"},
+    "seen": {
+        "en": "As the model sees it, in patches.",
+        "zh": "模型看到的样子（分成图块）。",
+        "ja": "モデルに見えているもの（パッチに分割）。",
+    },
     "close": {"en": "Close", "zh": "关闭", "ja": "閉じる"},
 }

@@ -1,0 +1,132 @@
+"""The web page that web_demo_vlm.py shows: a conversation about pictures.
+
+Streamlit runs `show_page` again for each click of a visitor. What one visitor does lasts in
+`st.session_state` and in the conversation, what serves all of them in service.py. Answers grow in
+the background (worker.py), so nothing that is clicked meanwhile can lose one.
+
+What people and the model write is shown by `st.text`, or as text by the components of parts.py, and
+by nothing else: as Markdown, a question could make the browser of whoever reads it fetch an
+address, or carry a link. So names and texts are in no label, tooltip or caption.
+"""
+
+from collections.abc import Callable, Iterable
+
+import streamlit as st
+
+from common.errors import BadSampleError, UserError
+from inference.chat import MAX_QUESTION
+from inference.config import MAX_UPLOAD_MB, WebConfig
+from inference.web.conversation import MAX_PICTURES, Picture
+from inference.web.gallery import Example
+from inference.web.models import ModelEntry
+from inference.web.parts import show_cards, show_problem, show_style, show_text, watch_refused
+from inference.web.service import open_service
+from inference.web.settings import show_top
+from inference.web.turns import show_turn
+from inference.web.visit import Visit
+from inference.web.words import Problem, describe_problem
+
+
+def show_page(
+    config: WebConfig, find_examples: Callable[[WebConfig, ModelEntry], Iterable[Example]]
+) -> None:
+    """Draw the page, and follow an answer that is on its way.
+
+    Args:
+        config: what the command line says.
+        find_examples: examples to try with a model.
+    """
+    # who is here, and what was said so far
+    st.set_page_config(page_title="MiniMind-V", page_icon="👁️", layout="centered")
+    show_style()
+    visit = Visit(open_service(config, find_examples))
+
+    try:
+        visit.choices = show_top(
+            visit.service, visit.language, visit.conversation, visit.start_anew
+        )
+    except UserError as error:
+        show_problem(describe_problem(error).say(visit.language), "model")
+        return
+    if visit.choices.entry.knows == "scenes":
+        show_text(visit.say("knows_scenes"), "knows")
+
+    # The line to write in is below a conversation, which then scrolls to its end. What was sent
+    # adds to what is drawn above.
+    if visit.conversation.turns:
+        body = st.container(key="body")
+        read_question(visit)
+        with body:
+            for number in range(len(visit.conversation.turns)):
+                show_turn(visit, number)
+            show_notice(visit)
+    else:
+        show_welcome(visit)
+    visit.follow_to_the_end()
+
+
+def read_question(visit: Visit) -> None:
+    """The line to write in, and what was sent with it since the last run."""
+    refused = watch_refused("refused")
+    sent = st.chat_input(
+        visit.say("ask"),
+        key="question",
+        max_chars=MAX_QUESTION,
+        accept_file="multiple",
+        max_upload_size=MAX_UPLOAD_MB,
+    )
+    if sent:
+        visit.ask(sent.text, *open_uploads(sent.files, refused))
+
+
+def open_uploads(files: list, refused: list[str]) -> tuple[list[Picture], list]:
+    """(pictures, [(name, problem)] of what is none), see MAX_PICTURES and MAX_UPLOAD_MB.
+
+    Args:
+        files: uploads.
+        refused: names of those that the browser did not upload.
+    """
+    pictures = []
+    problems = [(name, Problem("not_uploaded", most=MAX_UPLOAD_MB)) for name in refused]
+    for file in files[:MAX_PICTURES]:
+        try:
+            pictures.append(Picture.open(file.name, file))
+        except BadSampleError as error:
+            problems.append((file.name, describe_problem(error)))
+    for file in files[MAX_PICTURES:]:
+        problems.append((file.name, Problem("first_pictures", most=MAX_PICTURES)))
+    return pictures, problems
+
+
+def show_notice(visit: Visit) -> None:
+    """Why the last question was not sent, and the pictures that wait for the next one."""
+    if notice := visit.state.pop("notice", None):
+        show_problem(notice.say(visit.language), "notice")
+    if waiting := visit.state.get("waiting"):
+        with st.container(horizontal=True):
+            for picture in waiting:
+                st.image(picture.thumbnail, width=100)
+
+
+def show_welcome(visit: Visit) -> None:
+    """What a visitor sees first: the line to write in, and examples that are known to work."""
+    with st.container(key="welcome"):
+        st.subheader(visit.say("tagline"), anchor=False)
+        notices = st.container()
+        read_question(visit)
+        if visit.conversation.turns:
+            st.rerun()
+        with notices:
+            show_notice(visit)
+
+    # the examples, as they are found out to be right
+    gallery = visit.service.galleries.open(visit.choices.entry)
+    n_right, is_complete = len(gallery.right), gallery.is_complete
+    with st.container(key="examples"):
+        if examples := gallery.choose(visit.language):
+            show_text(f"{visit.say('examples')} {visit.say('examples_checked')}", "checked")
+            show_cards(examples, "gallery", visit.ask_example)
+        elif not is_complete:
+            show_text(visit.say("examples_tried"), "tried")
+    if not is_complete:
+        visit.follow(lambda: len(gallery.right) == n_right and not gallery.is_complete)
