@@ -100,9 +100,12 @@ class VisionEncoder(nn.Module):
         tensors = (*self.network.named_parameters(), *self.network.named_buffers())
         on_meta = {f"network.{name}": tensor.to("meta") for name, tensor in tensors}
         picture = torch.empty(1, 3, image_size, image_size, device="meta")
-        features = torch.func.functional_call(self, on_meta, (picture,))
-        if not features.shape[1]:
-            raise UserError(f"pictures of {image_size} pixels are smaller than one of its patches")
+        try:
+            features = torch.func.functional_call(self, on_meta, (picture,))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"no picture of {image_size} x {image_size} pixels goes through it ({error})"
+            ) from error
         return features.shape[1], features.shape[2]
 
 

@@ -73,8 +73,11 @@ def read_dino_with_registers(network: nn.Module, pixel_values: torch.Tensor) -> 
 
 
 def read_maps(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The maps of all stages or blocks of a CNN, joined."""
-    return join_maps(network(pixel_values, output_hidden_states=True).hidden_states)
+    """The maps of all stages or blocks of a CNN, joined; the last is what its classifier reads."""
+    output = network(pixel_values, output_hidden_states=True)
+    last = output.last_hidden_state
+    # DINOv3's is a list of patches, of the map that is the last one anyway.
+    return join_maps([*output.hidden_states, last] if last.ndim == 4 else output.hidden_states)
 
 
 def join_maps(maps: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -103,7 +106,7 @@ def join_maps(maps: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _cnn(name: str, classes: str, image_processor: str) -> Family:
-    return Family(name, classes, image_processor, read_maps, recipe="last of two, normed 1")
+    return Family(name, classes, image_processor, read_maps, recipe="last of two, normed 2")
 
 
 # By the model_type in config.json, that of the vision half where a model has two.
