@@ -262,22 +262,29 @@ def list_scores(reports: dict[str, dict], most_types: int | None = None) -> list
         elif kind != OVERALL:
             names = [name for name in names if name != "exact"] if "BLEU-4" in names else ["exact"]
         for name in names:
-            values = [show_score(name, metric[kind].get(name)) for metric in metrics]
+            values = [show_interval(name, metric[kind].get(name)) for metric in metrics]
             label = f"{kind} ({counts[kind]:,})" if name == names[0] else ""
             lines.append([label, NAMES_SHOWN.get(name, name), *values])
     return lines
 
 
-def show_score(name: str, score: dict | None) -> str:
-    """ "32.1 (29.9–34.4)"."""
+def show_score(name: str, value: float) -> str:
+    """ "32.1" of 0.321; a loss or perplexity as it is."""
+    if name not in DIGITS:
+        return f"{100 * value:.1f}"
+    # Nobody reads the tenths of a large perplexity.
+    return f"{value:,.{DIGITS[name] if value < 100 else 0}f}"
+
+
+def show_interval(name: str, score: dict | None) -> str:
+    """ "32.1 (29.9–34.4)"; a perplexity without, since it follows from that of the loss."""
     if score is None:
         return "–"
-    scale, digits = (1, DIGITS[name]) if name in DIGITS else (100, 1)
     value, low, high = (
-        "" if score[end] is None else f"{scale * score[end]:,.{digits}f}"
+        score[end] if score[end] is None else show_score(name, score[end])
         for end in ("value", "low", "high")
     )
-    return f"{value} ({low}–{high})" if low else value
+    return value if low is None or name == "perplexity" else f"{value} ({low}–{high})"
 
 
 def explain_scores(reports: dict[str, dict]) -> str:

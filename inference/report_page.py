@@ -39,14 +39,14 @@ body { max-width: 1000px; margin: 2.5em auto 4em; padding: 0 1.2em; color: #1f29
   background: #fff; font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif }
 h1 { font-size: 1.6em; margin: 0 0 .2em; overflow-wrap: anywhere }
 h2 { font-size: 1.2em; margin: 2.2em 0 .6em }
-p, ul { margin: .3em 0 }
-ul { padding-left: 1.2em }
+p { margin: .3em 0 }
 .quiet { color: #6b7280; font-size: .9em }
 .wide { overflow-x: auto; margin: 1.2em 0 .4em }
 table { border-collapse: collapse; font-size: .95em; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2em 1.4em .2em 0; white-space: nowrap }
 th { color: #6b7280; font-weight: normal }
 tr.first td { border-top: 1px solid #e5e7eb }
+.range { color: #6b7280; font-size: .9em }
 .answer { display: flex; gap: 1.6em; padding: 1.2em 0; border-top: 1px solid #e5e7eb;
   break-inside: avoid }
 .pictures { flex: 0 0 200px; display: flex; flex-wrap: wrap; gap: 6px; align-content: flex-start }
@@ -54,11 +54,13 @@ tr.first td { border-top: 1px solid #e5e7eb }
 .pictures img:not(:only-child) { width: 97px }
 .text { flex: 1; min-width: 0; overflow-wrap: anywhere }
 .given { font-size: 1.15em }
-.blind { display: flex; gap: .8em; align-items: flex-start; margin: .5em 0 }
-.blind img { width: 48px; border-radius: 3px; margin-top: .2em }
-.blind b { font-weight: normal; color: #6b7280; flex: 0 0 6.5em }
+dl { display: grid; grid-template-columns: 7.5em 1fr; gap: .4em .8em; margin: .6em 0 0 }
+dt { color: #6b7280 }
+dd { margin: 0; min-width: 0 }
+dd img { width: 48px; border-radius: 3px; margin: 0 .6em .2em 0; float: left }
 @media (max-width: 600px) { .answer { flex-direction: column; gap: .6em }
-  .pictures { flex-basis: auto } .blind b { flex-basis: 5em } }
+  .pictures { flex-basis: auto }
+  dl { grid-template-columns: 1fr; gap: .1em } dd { margin-bottom: .4em } }
 """
 
 
@@ -104,9 +106,9 @@ def write_page(
     path: Path, title: str, reports: dict[str, dict], questions: list[Question], dataset
 ) -> None:
     """Write the page, see `save_reports`."""
-    # which questions, by the answers to the first choice of images: the right ones, as a rule
-    images = next(iter(reports))
-    order = rank_answers(reports[images]["answers"])
+    # which questions, by the answers with the right pictures, if they were asked
+    reports = dict(sorted(reports.items(), key=lambda report: report[0] != "right"))
+    order = rank_answers(next(iter(reports.values()))["answers"])
     n_best = min(N_BEST, len(order) // 2)
     drawn = random.Random(0).sample(range(len(order)), min(N_RANDOM, len(order)))
     sections = {
@@ -161,41 +163,45 @@ def show_table(reports: dict[str, dict]) -> str:
     names = "".join(f"<th>{name}</th>" for name in ["", "", *name_columns(reports)])
     rows = [f"<tr>{names}</tr>"]
     for line in list_scores(reports):
-        cells = "".join(f"<td>{escape(text)}</td>" for text in line)
+        # the interval is quieter than the score
+        texts = (escape(text).partition(" (") for text in line[2:])
+        cells = "".join(f"<td>{escape(text)}</td>" for text in line[:2])
+        cells += "".join(
+            f'<td>{value} <span class="range">{(mark + ends).strip()}</span></td>'
+            for value, mark, ends in texts
+        )
         rows.append(f'<tr class="first">{cells}</tr>' if line[0] else f"<tr>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def show_answer(index: int, reports: dict[str, dict], question: Question, dataset) -> str:
     """A question with its pictures, what was answered, and what is right."""
-    # the answer to the first choice of images, with its scores
-    (images, report), *others = reports.items()
+    # the answer, with its scores
+    (images, report), *blind = reports.items()
     answer = report["answers"][index]
-    scores = ", ".join(
-        f"{name} {show_score(name, {'value': value, 'low': None, 'high': None})}"
+    scores = [
+        f"{name} {show_score(name, value)}"
         for name, value in answer["scores"].items()
         if name not in ("exact", "perplexity")
-    )
-    verdict = "right" if answer["is_right"] else "not exactly right"
+    ]
+    if "CIDEr-D" not in answer["scores"]:
+        scores = ["right" if answer["is_right"] else "wrong", *scores]
     asked = answer["question"].replace(IMAGE_TAG, "").strip()
     parts = [
         f'<p class="quiet" dir="auto">{show_text(asked)}',
         f'<p class="given" dir="auto">{show_text(answer["given"])}',
-        f'<p class="quiet">{escape(verdict)}, {escape(scores)}',
+        f'<p class="quiet">{", ".join(scores)}',
     ]
 
-    # what it is compared with
-    right = answer.get("references", [answer["answer"]])
-    items = "".join(f'<li dir="auto">{show_text(text)}</li>' for text in right[:MOST_ANSWERS])
-    parts.append(f"<ul>{items}</ul>")
+    # what it is compared with, and what the model says without seeing the pictures
+    right = answer.get("references", [answer["answer"]])[:MOST_ANSWERS]
+    items = "".join(f'<div dir="auto">{show_text(text)}</div>' for text in right)
+    facts = [("right answers" if len(right) > 1 else "right answer", items)]
+    for (name, other), column in zip(blind, name_columns(dict(blind))):
+        given = f'<div dir="auto">{show_text(other["answers"][index]["given"])}</div>'
+        facts.append((column, show_pictures(question, name, dataset, SMALL_SIDE) + given))
+    parts.append("<dl>" + "".join(f"<dt>{name}<dd>{fact}" for name, fact in facts) + "</dl>")
 
-    # what it says without seeing its picture
-    for (name, other), column in zip(others, name_columns(dict(others))):
-        shown = show_pictures(question, name, dataset, SMALL_SIDE)
-        given = show_text(other["answers"][index]["given"])
-        parts.append(
-            f'<div class="blind"><b>{column}</b>{shown}<span dir="auto">{given}</span></div>'
-        )
     pictures = show_pictures(question, images, dataset, SIDE)
     pictures = pictures or '<span class="quiet">no picture</span>'
     return (
