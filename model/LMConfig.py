@@ -166,9 +166,14 @@ class VLMConfig(LMConfig):
 
 def _read_shape(vision_encoder: object) -> tuple[int, int]:
     """(patches, width) of a vision encoder or of its configuration."""
-    if isinstance(vision_encoder, PretrainedConfig):
-        return count_patches(vision_encoder), vision_encoder.hidden_size
-    return vision_encoder.n_patches, vision_encoder.width
+    if not isinstance(vision_encoder, PretrainedConfig):
+        return vision_encoder.n_patches, vision_encoder.width
+    if not hasattr(vision_encoder, "patch_size") or not hasattr(vision_encoder, "hidden_size"):
+        raise UserError(
+            f"the configuration of a {vision_encoder.model_type} does not say how many patches it "
+            "makes: pass the vision encoder itself"
+        )
+    return count_patches(vision_encoder), vision_encoder.hidden_size
 
 
 def count_patches(vision_config: PretrainedConfig) -> int:

@@ -64,7 +64,7 @@ def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
             return candidate
     raise MissingFileError(
         f"no CLIP in {name_places(path)}: fetch it with `python -m scripts.download clip`, "
-        "or point --vision_model to it"
+        "or point --vision_model to it or to another vision encoder"
     )
 
 

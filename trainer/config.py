@@ -79,7 +79,8 @@ class TrainConfig:
     )
     vision_model: str | None = option(
         None,
-        "folder of the CLIP vision encoder; if not given, that of --init_weights, or "
+        "folder of the vision encoder: CLIP, SigLIP, DINOv2, DINOv3 or a CNN of transformers "
+        "(docs/training.md); if not given, that of --init_weights, or "
         f"{VISION_MODEL_PATH}",
     )
     init_weights: str | None = option(
