@@ -278,6 +278,64 @@ def test_what_is_no_picture_is_not_trained_as_text():
         convert({"conversations": [user("<img>http://x.org/a.jpg</img> What?"), ANSWER]})
 
 
+@pytest.mark.parametrize(
+    ("keys", "captions"),
+    [
+        ({"en": ["A cat.", "A pet."], "zh": ["一只猫。"]}, None),
+        ({"en": "A cat.", "zh-CN": "['一只猫。', '猫']"}, {"zh-CN": ["一只猫。", "猫"]}),
+        ({"en": ["A cat.", " ", None], "zh": []}, {"en": ["A cat."]}),
+        ({"captions": ["A cat.", "A pet."], "id": 7}, {"": ["A cat.", "A pet."]}),
+        ({"references": ["A cat.", "A pet."]}, {"": ["A cat.", "A pet."]}),
+        ({"sentences": [{"raw": "A cat."}, {"raw": "A pet."}]}, {"": ["A cat.", "A pet."]}),
+    ],
+)
+def test_of_several_captions_one_is_learned_and_all_are_kept(keys, captions):
+    row = convert({"image": "a.jpg", **keys})
+    captions = keys if captions is None else captions
+    assert row.captions.items() >= captions.items() and row.answers is None
+    texts = [text for group in row.captions.values() for text in group]
+    question, answer = (turn["content"] for turn in row.conversations)
+    assert answer in texts and question.startswith("<image>\n")
+    assert convert({"image": "a.jpg", **keys}) == row, "the same one each time"
+    assert name_format({"image": "a.jpg", **keys}) == "captions"
+
+
+def test_each_caption_of_several_is_drawn_in_some_row():
+    rows = [convert({"image": "a.jpg", "en": [f"A{n}", f"B{n}"], "zh": ["一"]}) for n in range(40)]
+    drawn = Counter(row.conversations[1]["content"][0] for row in rows)
+    assert set(drawn) == {"A", "B", "一"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "answers"),
+    [
+        ({"question": "What?", "answers": ["cat", "cat", "pet"]}, ["cat", "cat", "pet"]),
+        ({"question": "What?", "answers": [{"answer": "cat", "answer_id": 1}]}, ["cat"]),
+        ({"question": "What?", "references": ["cat", "pet"]}, ["cat", "pet"]),
+        ({"question": "What?", "answer": "cat"}, None),
+    ],
+)
+def test_of_several_right_answers_the_most_frequent_is_learned(keys, answers):
+    row = convert({"image": "a.jpg", **keys})
+    assert row.answers == answers and row.conversations[1] == assistant("cat")
+    assert row.captions is None
+
+
+@pytest.mark.parametrize("keys", [{"en": []}, {"en": [" "]}, {"zh": [None], "captions": []}, {}])
+def test_no_caption_at_all_is_said(keys):
+    with pytest.raises(BadSampleError, match="no conversation: the row has the keys image"):
+        convert({"image": "a.jpg", **keys})
+
+
+@needs_shared
+def test_photographs_with_five_captions_in_two_languages():
+    folder = SHARED / "flickr8k"
+    rows = open_rows(folder / "val_captions.jsonl", folder / "val_images.zip")
+    row = rows.read(int(rows.keys()[0]))
+    assert rows.format == "captions" and {*row.captions} == {"en", "zh"}
+    assert [len(texts) for texts in row.captions.values()] == [5, 5] and check_row(rows, row)
+
+
 def test_a_caption_gets_a_question_in_its_language():
     for key in ("caption", "text", "Description", "captions"):
         rows = [convert({"file_name": f"{n}.jpg", key: f"A cat, {n}."}) for n in range(60)]
