@@ -3,6 +3,7 @@
 python eval_vlm.py --model_mode 1                      # every picture in dataset/eval_images
 python eval_vlm.py --weights out/mine_512.pth --image a.jpg --prompt "What is this?"
 python eval_vlm.py --image a.jpg b.jpg --prompt "What changes?"
+python eval_vlm.py --image a.jpg --attention out.png   # and what each word of the answer looked at
 python eval_vlm.py --chat --image a.jpg                # a dialogue that keeps the picture
 python eval_vlm.py --data rows.jsonl --images_path folder  # loss and exact-answer accuracy
 python eval_vlm.py --data rows.jsonl --images_path folder --metrics  # and scores of captions
@@ -95,9 +96,9 @@ def list_pictures(folder: Path) -> list[Path]:
 def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> None:
     """Ask the same question about each group of pictures: one that the model was trained on.
 
-    UserError where none of them can be read.
+    With --attention, what it looked at is drawn afterwards. UserError where none can be read.
     """
-    n_skipped = 0
+    chats, n_skipped = [], 0
     for pictures in groups:
         print(f"\n[{', '.join(picture.name for picture in pictures)}]", flush=True)
         name, published = "question", PROMPT
@@ -105,7 +106,9 @@ def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> Non
             name, published = "question_for_several", PROMPT_FOR_SEVERAL
         prompt = config.prompt or read_info(vlm.weights).get(name) or published
         try:
-            print_answer(config, vlm.start_chat(), prompt, pictures)
+            chat = vlm.start_chat()
+            print_answer(config, chat, prompt, pictures)
+            chats.append((chat, pictures))
         except BadSampleError as error:
             # A picture that was named has to be readable; one of a folder is left out.
             if config.image:
@@ -114,6 +117,35 @@ def ask_about_all(config: EvalConfig, vlm: VLM, groups: list[list[Path]]) -> Non
             n_skipped += 1
     if n_skipped == len(groups):
         raise UserError("none of these pictures could be read")
+    if config.attention:
+        draw_attention(vlm, chats, Path(config.attention))
+
+
+def draw_attention(vlm: VLM, chats: list[tuple[Chat, list[Path]]], path: Path) -> None:
+    """Write a .png of what the model looked at when it answered.
+
+    Args:
+        vlm: the model.
+        chats: one question and answer each, with the pictures.
+        path: of the .png.
+
+    UserError where all answers are empty.
+    """
+    from inference.attention_page import look_at_answer, write_page
+
+    answers = []
+    for chat, pictures in chats:
+        question, answer = chat.turns
+        # nothing was said, so there is nothing to draw
+        if answer["content"].strip():
+            pixel_values = vlm.processor.preprocess(pictures)
+            features = chat.image_features
+            looked = look_at_answer(vlm, [question], answer["content"], pixel_values, features)
+            answers.append(looked)
+    if not answers:
+        raise UserError(f"nothing to draw to {path}: the model answered without a word")
+    write_page(path, answers)
+    print(f"attention: {path}")
 
 
 def print_answer(config: EvalConfig, chat: Chat, prompt: str, pictures: list) -> None:

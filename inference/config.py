@@ -1,6 +1,7 @@
 """What eval_vlm.py and web_demo_vlm.py can be told, typed and explained in one place."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
@@ -57,7 +58,7 @@ class AskConfig:
     )
     vision_model: str | None = option(
         None,
-        "folder of the CLIP vision encoder; if not given, the one the model was trained with, or "
+        "folder of the vision encoder; if not given, the one the model was trained with, or "
         f"{VISION_MODEL_PATH}",
     )
     dtype: Literal["float32", "float16", "int8"] = option(
@@ -140,6 +141,11 @@ class EvalConfig(AskConfig):
         "ask about each picture of this folder (dataset/eval_images if not given), or with "
         "--model_mode 2 about each folder of pictures in it (dataset/eval_multi_images)",
     )
+    attention: str | None = option(
+        None,
+        "draw to this .png what the model looked at for each word of its answers, and which "
+        "patches a word depends on: for that it sees each picture again for each of its patches",
+    )
     data: list[str] = option(
         [],
         "rows with known answers, in any format of docs/data.md: measures loss and exact answers",
@@ -173,6 +179,18 @@ class EvalConfig(AskConfig):
         super().__post_init__()
         if self.metrics and not self.data:
             raise UserError("--metrics measures answers to --data: pass --data, or leave it out")
+        if self.attention is not None:
+            self._check_attention(Path(self.attention))
+
+    def _check_attention(self, path: Path) -> None:
+        """UserError for a file that cannot be written, or where nothing is asked."""
+        if self.data or self.chat:
+            other = "--data" if self.data else "--chat"
+            raise UserError(f"--attention draws answers about --image: leave it or {other} out")
+        if path.suffix.lower() != ".png":
+            raise UserError(f"--attention is {path}: it draws a .png, so name it NAME.png")
+        if path.is_dir():
+            raise UserError(f"--attention is {path}, which is a folder: name a file")
 
     @property
     def shown(self) -> list[str]:

@@ -8,9 +8,12 @@ from PIL import Image
 # for a picture that is to be recognized.
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 # Of the picture under the map: how bright, and how gray, so that the colors are those of the map.
-BRIGHTNESS, GRAYNESS = 0.5, 0.4
+BRIGHTNESS, GRAYNESS = 0.45, 0.4
 # How much of the picture the brightest color covers.
 COVER = 0.9
+# The brightest color stands for so many times the mean at least: a map of nearly equal numbers has
+# no bright patch.
+LEAST_PEAK = 10
 
 
 def draw_map(
@@ -21,8 +24,7 @@ def draw_map(
     Args:
         pixels: [3, H, W], uint8 or normalized floats as `preprocess` gives them.
         heat: float[rows, cols]; what is below 0 counts as 0.
-        top: the number that has the brightest color, for maps that are to be compared; the largest
-            of `heat` if not given.
+        top: the number that has the brightest color; `find_top` of this map if not given.
 
     Returns RGB, W x H.
     """
@@ -35,8 +37,8 @@ def draw_map(
 
     # the map: each pixel has the number of its patch, 0 to 1
     (rows, cols), (height, width) = heat.shape, gray.shape
-    top = max(float(heat.max()) if top is None else top, 1e-9)
-    strength = np.clip(heat / top, 0, 1).astype(np.float32)
+    top = find_top(heat) if top is None else top
+    strength = np.clip(heat / max(top, 1e-30), 0, 1).astype(np.float32)
     row, col = np.arange(height) * rows // height, np.arange(width) * cols // width
     strength = strength[row][:, col]  # (H, W)
 
@@ -45,6 +47,11 @@ def draw_map(
     cover = COVER * np.sqrt(strength)[..., None]  # (H, W, 1)
     mixed = (1 - cover) * picture + cover * colors
     return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def find_top(heat: np.ndarray) -> float:
+    """The number that has the brightest color, in one map or in several that are compared."""
+    return max(float(heat.max()), LEAST_PEAK * float(heat.clip(0).mean()))
 
 
 def to_colors(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
