@@ -109,7 +109,7 @@ def load_vlm(
         weights: a .pth file, a folder of them (SFT weights are preferred), or a transformers
             directory.
         tokenizer: folder of the tokenizer.
-        vision_model: folder of the CLIP vision encoder.
+        vision_model: folder of the vision encoder.
         dim: width of the language model; it has to be that of the weights.
         n_layers: number of transformer layers, likewise.
         max_seq_len: most tokens of prompt and answer together.

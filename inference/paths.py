@@ -160,7 +160,7 @@ def find_model_files(
     Args:
         weights: a .pth file, a folder of them, or a transformers directory.
         tokenizer: folder of the tokenizer.
-        vision_model: folder of the CLIP vision encoder.
+        vision_model: folder of the vision encoder.
         dim: width of the model, if a folder has several.
     """
     # the weights, and what they bring along
