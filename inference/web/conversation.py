@@ -33,6 +33,11 @@ STATES = ("waiting", "loading", "answering", "done", "stopped", "failed")
 ENDS = ("done", "stopped", "failed")
 
 
+def make_encodable(text: str) -> str:
+    """With "?" for half a character, which no file and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass(eq=False)
 class Picture:
     """A picture that came with a question; as a file, for decoded it takes three times as much.
@@ -57,7 +62,7 @@ class Picture:
         image.save(encoded, "PNG", compress_level=1)
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         image.save(thumbnail, "JPEG", quality=85)
-        return cls(name[:MAX_NAME], encoded.getvalue(), thumbnail.getvalue())
+        return cls(make_encodable(name[:MAX_NAME]), encoded.getvalue(), thumbnail.getvalue())
 
     @property
     def image(self) -> Image.Image:
@@ -147,9 +152,9 @@ class Turn(Ticket):
         settings: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.question, self.model, self.settings = question, model, settings or {}
-        self.pictures = list(pictures)
-        self.refused = [(name[:MAX_NAME], problem) for name, problem in refused]
+        self.question, self.model = make_encodable(question), model
+        self.settings, self.pictures = settings or {}, list(pictures)
+        self.refused = [(make_encodable(name[:MAX_NAME]), problem) for name, problem in refused]
         self.answer, self.n_tokens = "", 0
         self.tokens_per_second = self.seconds_to_first_token = 0.0
 

@@ -224,17 +224,21 @@ class Worker:
         return sum(not job.ticket.is_finished for job in before)
 
     def _watch(self) -> None:
-        """Stop what nobody wants any more, whatever the model is doing meanwhile."""
+        """Look after the visitors, whatever the model is doing meanwhile."""
         while not self._is_closed.wait(PATIENCE):
-            with self._changed:
-                jobs = [*self._running, *self._waiting]
-            for job in jobs:
-                if not is_wanted(job):
-                    job.ticket.stop()
-            with self._changed:
-                for job in list(self._waiting):
-                    if job.ticket.is_finished:
-                        self._waiting.remove(job)
+            self._drop_unwanted()
+
+    def _drop_unwanted(self) -> None:
+        """Stop what nobody waits for any more; the queue moves up."""
+        with self._changed:
+            jobs = [*self._running, *self._waiting]
+        for job in jobs:
+            if not is_wanted(job):
+                job.ticket.stop()
+        with self._changed:
+            for job in list(self._waiting):
+                if job.ticket.is_finished:
+                    self._waiting.remove(job)
 
     def _serve(self) -> None:
         """Do one job after the other."""
