@@ -20,6 +20,7 @@ FORMATS = {
     "messages.jsonl": "messages",
     "questions.jsonl": "query/response",
     "captions.csv": "captions",
+    "references.jsonl": "captions",
     "captioned": "captions",
     "imagefolder": "captions",
     "published.parquet": "MiniMind-V",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import zipfile
@@ -17,9 +18,16 @@ from dataset.mixture import open_data
 from inference import load_vlm
 from inference.config import EvalConfig
 from inference.evaluate import Asked, Evaluation, make_batches
+from inference.metrics import check_package
 from inference.paths import choose_weights
-from inference.questions import Question, measure_accuracy, read_type, shuffle_images
-from inference.report import save_answers
+from inference.questions import (
+    Question,
+    choose_requests,
+    measure_accuracy,
+    read_type,
+    shuffle_images,
+)
+from inference.report import find_captions, save_answers
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -180,6 +188,29 @@ def test_a_picture_is_encoded_once(setup, rows_dir):
         assert len(list(evaluation.answer(questions, images))) == len(questions)
         evaluation.measure_loss(questions, images)
     assert sum(counted) == len(list((rows_dir / "images").iterdir()))
+
+
+@torch.no_grad()
+def test_the_loss_of_questions_is_that_of_their_rows(setup, rows_dir, tmp_path):
+    """Prompt and answer apart, from a cache: as if each row went through the model whole."""
+    vlm = load_vlm(setup[0] / "sft_vlm_64.pth", tokenizer=TOKENIZER, vision_model=setup[1][5])
+    turns = [user("<image>\nWhat?"), assistant("red"), user("And?"), assistant("a blue circle")]
+    write_rows(tmp_path / "two.jsonl", [{"image": "1-0.png", "conversations": turns}])
+    files = [str(rows_dir / "rows.jsonl"), str(tmp_path / "two.jsonl")]
+    dataset = open_data(files, [str(rows_dir / "images")], vlm.processor, 512)
+    evaluation = Evaluation(vlm, dataset, batch_size=7)
+    questions = evaluation.collect()
+    list(evaluation.answer(questions, "right"))
+    evaluation.measure_loss(questions, "right")
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        output = vlm.model(
+            sample["input_ids"][None], sample["pixel_values"], sample["labels"][None]
+        )
+        losses = [question.loss["right"] for question in questions if question.row == index]
+        nats, n_labels = map(sum, zip(*losses))
+        assert n_labels == int((sample["labels"] != -100).sum())
+        assert nats / n_labels == pytest.approx(float(output.loss), rel=1e-5)
 
 
 def test_unreadable_pictures_cost_their_questions_only(setup, tmp_path):
@@ -357,6 +388,160 @@ def test_answers_are_kept_when_a_run_is_interrupted(tmp_path, capsys):
     with save_answers(str(tmp_path / "new/r.json")) as save:
         save(question, "right")
     assert not path.exists()
+
+
+CAPTIONS = [
+    {
+        "en": ["a red circle", "one red circle on white ."],
+        "zh": ["红色的圆。", "一个红色的圆在左边。"],
+    },
+    {"en": ["a blue star", "the star <b>is</b> big & blue"], "zh": ["蓝色的星。"]},
+    {"en": ["two hearts , both green"], "zh": ["两颗绿色的心。"]},
+]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Three pictures with captions in two languages: flags that name them."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for number, captions in enumerate(CAPTIONS):
+        picture(number).save(folder / f"{number}.png")
+        captions["image"] = f"{number}.png"
+    write_rows(folder / "rows.jsonl", CAPTIONS)
+    return ["--data", folder / "rows.jsonl", "--images", folder]
+
+
+def test_metrics_of_captions(setup, captioned, tmp_path):
+    """Scores by language with each choice of images, as JSON, a table and a page."""
+    save = ["--metrics", "--save_report", tmp_path / "r.json"]
+    finished = run_script("eval_vlm.py", *setup[1], *captioned, *save)
+    assert finished.returncode == 0, finished.stdout
+    reports = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert list(reports) == ["right", "wrong", "none"]
+    for report in reports.values():
+        assert report["questions"] == 6 and report["pictures"] == 3
+        assert report["counts"] == {"overall": 6, "en": 3, "zh": 3}
+        for scores in report["metrics"].values():
+            assert {*scores} == {"CIDEr-D", "BLEU-4", "ROUGE-L", "exact", "loss", "perplexity"}
+            assert all(one["low"] <= one["value"] <= one["high"] for one in scores.values())
+            assert scores["perplexity"]["value"] == pytest.approx(math.exp(scores["loss"]["value"]))
+        # the scores of the answers are those of the set
+        english = [answer for answer in report["answers"] if answer["type"] == "en"]
+        mean = sum(answer["scores"]["ROUGE-L"] for answer in english) / 3
+        assert mean == pytest.approx(report["metrics"]["en"]["ROUGE-L"]["value"])
+        assert [answer["references"] for answer in english] == [row["en"] for row in CAPTIONS]
+    assert len({report["metrics"]["en"]["loss"]["value"] for report in reports.values()}) == 3
+
+    # for people: printed, to paste, and with the pictures
+    assert re.search(r"^en \(3\) +CIDEr-D  ", finished.stdout, re.M)
+    table = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "| questions | score | right image | wrong image | no image |\n| --- |" in table
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "the star &lt;b&gt;is&lt;/b&gt; big &amp; blue" in page and "<b>is" not in page
+    # six at random, three best, three worst: each with its picture and a wrong one
+    assert page.count("data:image/jpeg;base64,") == 2 * 12 and "<script" not in page
+
+
+def test_what_asks_for_a_caption(setup, captioned, tmp_path):
+    """The user's prompt, or the question of the training data in its language, or our own."""
+    questions = {}
+    for prompt in ([], ["--prompt", "<image> 你看到什么？"]):
+        report = ["--save_report", tmp_path / "r.json"]
+        finished = run_script("eval_vlm.py", *setup[1], *captioned, *report, *prompt)
+        assert finished.returncode == 0, finished.stdout
+        answers = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["answers"]
+        questions[len(prompt)] = [(answer["type"], answer["question"]) for answer in answers[:2]]
+    assert questions == {
+        0: [
+            ("en", "<image>\nDescribe the image concisely."),
+            ("zh", "<image>\n简要描述这张图片。"),
+        ],
+        2: [("en", "<image>\n你看到什么？"), ("zh", "<image>\n你看到什么？")],
+    }
+    assert choose_requests(None, "图里有什么？")["zh"] == "图里有什么？"
+    assert choose_requests(None, "图里有什么？")["en"] == choose_requests(None, None)["en"]
+    assert not list(tmp_path.glob("r.md")), "only with --metrics"
+
+
+def test_metrics_of_answers_that_are_right_or_wrong(setup, rows_dir, tmp_path):
+    """No score of captions; and the score is left beside the weights."""
+    shutil.copy(setup[0] / "sft_vlm_64.pth", tmp_path / "mine_64.pth")
+    data = ["--data", rows_dir / "rows.jsonl", "--images", rows_dir / "images", "--metrics"]
+    save = ["--weights", tmp_path / "mine_64.pth", "--save_report", tmp_path / "r.json"]
+    finished = run_script("eval_vlm.py", *setup[1][2:], *data, *save, "--show_images", "right")
+    assert finished.returncode == 0, finished.stdout
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["right"]
+    assert {*report["metrics"]["overall"]} == {"exact", "loss", "perplexity"}
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "right answer<dd>" in page and "no picture" in page
+    score = json.loads((tmp_path / "mine_64.scores.json").read_text(encoding="utf-8"))
+    assert score.pop("date") and score == {
+        "exact": report["accuracy"]["overall"],
+        "data": "rows.jsonl",
+        "questions": 24,
+    }
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_metrics_of_a_row_or_two(setup, captioned, tmp_path, n_rows):
+    write_rows(tmp_path / "rows.jsonl", CAPTIONS[:n_rows])
+    data = ["--data", tmp_path / "rows.jsonl", *captioned[2:], "--metrics"]
+    report = ["--save_report", tmp_path / "r.json"]
+    finished = run_script("eval_vlm.py", *setup[1], *data, *report, "--show_images", "none")
+    assert finished.returncode == 0 and "Traceback" not in finished.stdout, finished.stdout
+    scores = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["none"]["metrics"]["en"]
+    assert ("CIDEr-D" in scores) == (n_rows > 1)
+    assert (scores["ROUGE-L"]["low"] is None) == (n_rows == 1)
+    assert ("One picture: no intervals" in finished.stdout) == (n_rows == 1)
+
+
+def test_an_answer_may_equal_any_of_several_and_be_as_long_as_the_longest(setup, tmp_path):
+    row = {"question": "Who?", "answers": ["a cat", "the big black cat over there"]}
+    write_rows(tmp_path / "rows.jsonl", [row])
+    vlm = load_vlm(setup[0] / "sft_vlm_64.pth", tokenizer=TOKENIZER, vision_model=setup[1][5])
+    dataset = open_data([str(tmp_path / "rows.jsonl")], None, vlm.processor, 512)
+    evaluation = Evaluation(vlm, dataset, batch_size=4)
+    (question,) = evaluation.collect()
+    n_longest = len(vlm.processor.encode_content(row["answers"][1]))
+    assert evaluation.plan(question, None).n_answer == 2 * n_longest + 4
+    for answer, is_right in [
+        ("A cat.", True),
+        ("The big black cat over there", True),
+        ("a", False),
+    ]:
+        question.given["none"] = answer
+        assert question.is_right("none") == is_right
+    list(evaluation.answer([question], "none"))
+    evaluation.measure_loss([question], "none")
+    alone = [Question(0, question.turns, (), answer) for answer in row["answers"]]
+    list(evaluation.answer(alone, "none"))
+    evaluation.measure_loss(alone, "none")
+    nats, n_labels = map(sum, zip(*(one.loss["none"] for one in alone)))
+    assert question.loss["none"] == (pytest.approx(nats, rel=1e-5), n_labels)
+
+
+def test_mistakes_with_metrics_cost_one_line(setup, captioned, monkeypatch):
+    finished = run_script("eval_vlm.py", *setup[1], "--metrics")
+    assert finished.returncode == 2
+    assert (
+        finished.stdout
+        == "error: --metrics measures answers to --data: pass --data, or leave it out\n"
+    )
+    monkeypatch.setattr("inference.metrics.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install -r requirements-metrics.txt$"):
+        check_package()
+
+
+def test_types_that_have_captions():
+    """By the words of their references: those of a word or two are right or wrong."""
+
+    def question(type_, *references):
+        return Question(0, [], (), "x", type_, references=references)
+
+    assert find_captions([question("a", "a red dog runs"), question("b", "red", "dark red")]) == {
+        "a"
+    }
+    assert find_captions([question("a", "一只狗在跑"), question("a")]) == set()
 
 
 @given(st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()) | st.just({}))
