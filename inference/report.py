@@ -48,9 +48,9 @@ CAPTION_SCORES = {
     "BLEU-4": lambda sums: compute_bleu(sums[..., -BLEU_COLUMNS:]),
     "ROUGE-L": lambda sums: sums[..., ROUGE] / sums[..., COUNT],
 }
-# Shown as they are, with so many digits behind the point; the other scores are shown in hundredths.
-DIGITS = {"loss": 3, "perplexity": 1}
-NAMES_SHOWN = {"exact": "exact answers", "loss": "loss, nats a label token"}
+# Scores that are shown as they are; the others are shown in hundredths.
+UNSCALED = "loss", "perplexity"
+NAMES_SHOWN = {"exact": "exact answers"}
 
 
 def group_types(questions: list[Question]) -> dict[str, list[int]]:
@@ -269,11 +269,11 @@ def list_scores(reports: dict[str, dict], most_types: int | None = None) -> list
 
 
 def show_score(name: str, value: float) -> str:
-    """ "32.1" of 0.321; a loss or perplexity as it is."""
-    if name not in DIGITS:
+    """ "32.1" of 0.321; a loss or perplexity as it is, with three digits or more."""
+    if name not in UNSCALED:
         return f"{100 * value:.1f}"
-    # Nobody reads the tenths of a large perplexity.
-    return f"{value:,.{DIGITS[name] if value < 100 else 0}f}"
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f}"
 
 
 def show_interval(name: str, score: dict | None) -> str:
@@ -289,12 +289,13 @@ def show_interval(name: str, score: dict | None) -> str:
 
 def explain_scores(reports: dict[str, dict]) -> str:
     """What the numbers of the table are."""
-    n_units = next(iter(reports.values()))["pictures"]
-    if n_units == 1:
-        return "One picture: no intervals. Scores in hundredths, but for loss and perplexity."
+    n_pictures = next(iter(reports.values()))["pictures"]
+    units = "Scores are in hundredths, the loss in nats a label token."
+    if n_pictures == 1:
+        return f"One picture: no intervals. {units}"
     return (
-        f"In brackets: 95 % intervals, from {RESAMPLES:,} draws of {n_units:,} pictures with "
-        "replacement. Scores in hundredths, but for loss and perplexity."
+        f"In brackets: 95 % intervals, from {RESAMPLES:,} draws of {n_pictures:,} pictures with "
+        f"replacement. {units}"
     )
 
 

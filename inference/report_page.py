@@ -60,6 +60,8 @@ dd { margin: 0; min-width: 0 }
 dd img { width: 48px; border-radius: 3px; margin: 0 .6em .2em 0; float: left }
 @media (max-width: 600px) { .answer { flex-direction: column; gap: .6em }
   .pictures { flex-basis: auto }
+  table { font-size: .8em } th, td { padding-right: .7em; vertical-align: top }
+  th, td:nth-child(-n+2) { white-space: normal } .range { display: block }
   dl { grid-template-columns: 1fr; gap: .1em } dd { margin-bottom: .4em } }
 """
 
