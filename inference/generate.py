@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import UserError
+from common.flags import MOST_SEED
 from inference.cuda_graph import GraphDecoder
 from model.model_lm import KVCache
 
@@ -147,6 +148,8 @@ def generate(
         raise UserError(f"top_p is {top_p}: it has to be above 0 and at most 1")
     if not max_new_tokens >= 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: it has to be at least 1")
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed is {seed}: it has to be 0 to {MOST_SEED}")
 
     # generate
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)

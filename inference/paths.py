@@ -30,6 +30,9 @@ PREFERRED_NAMES = [WEIGHTS_NAMES[mode] for mode in (1, 2, 0)]
 # Where weights of the demo are.
 DEMO_FOLDERS = (Path("out/demo"), Path("model/demo"))
 
+# Copied files may be a little older than those that they were made from.
+SECONDS_OF_A_COPY = 60
+
 
 class ModelFiles(NamedTuple):
     """The parts of a model on disk."""
@@ -104,9 +107,12 @@ def list_model_paths(config: AskConfig) -> list[Path]:
     paths = []
     if config.weights is not None or config.load == 1:
         path = find_own(choose_weights(config))
-        is_folder = path.is_dir() and not (path / "config.json").is_file()
-        paths += list_models(path) if is_folder else []
-        paths.append(find_model_files(path, config.tokenizer, config.vision_model).weights)
+        if (path / "config.json").is_file():
+            paths = [path]
+        elif path.is_dir():
+            paths = [choose_in_folder(path, config.dim), *list_models(path)]
+        else:
+            paths = [find_weights(path)]
 
     # beside them
     paths += list_models(find_own(config.out_dir))
@@ -116,7 +122,10 @@ def list_model_paths(config: AskConfig) -> list[Path]:
         paths = paths or list_models(find_own(place))
 
     # each once
-    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+    by_place: dict[Path, Path] = {}
+    for path in paths:
+        by_place.setdefault(path.resolve(), path)
+    return list(by_place.values())
 
 
 def read_scores(weights: Path) -> dict[str, Any]:
@@ -130,15 +139,17 @@ def read_scores(weights: Path) -> dict[str, Any]:
     """
     kinds = {"exact": float | int, "cider": float | int, "data": str, "questions": int, "date": str}
     path = weights.with_suffix(".scores.json")
-    report = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
+    reports = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
+    is_report = not path.is_file() and weights.stem in reports
+    if is_report:
+        path = weights.with_name(reports[weights.stem])
     try:
-        if path.is_file():
-            scores = read_json(path)
-        elif weights.stem in report:
-            overall = read_json(weights.with_name(report[weights.stem]))["accuracy"]["overall"]
-            scores = {"exact": overall, "data": "eval.jsonl"}
-        else:
+        # weights that were trained again have not been measured
+        if path.stat().st_mtime < weights.stat().st_mtime - SECONDS_OF_A_COPY:
             return {}
+        scores = read_json(path)
+        if is_report:
+            scores = {"exact": scores["accuracy"]["overall"], "data": "eval.jsonl"}
     # A score is only shown: a damaged one keeps nobody from the model.
     except (UserError, OSError, KeyError, TypeError):
         return {}

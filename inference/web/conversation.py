@@ -186,6 +186,12 @@ class Conversation:
         n_characters = sum(len(turn.question) + len(turn.answer) for turn in self.turns)
         return 2 * n_characters + sum(picture.n_bytes for picture in self.pictures)
 
+    def find(self, number: int) -> Turn:
+        """Turn `number`; Problem where it is no longer there, cut off in another window."""
+        if not 0 <= number < len(self.turns):
+            raise Problem("gone")
+        return self.turns[number]
+
     def cut(self, number: int) -> list[Turn]:
         """Take away turn `number` and all behind it, with their pictures; returns them."""
         removed = self.turns[number:]
@@ -205,10 +211,13 @@ class Conversation:
         Returns:
             turns: {"role": ..., "content": ...} up to the question, with `<image>` tags.
             pictures: one for each tag.
+
+        Problem where the turn is no longer there.
         """
+        question = self.find(number)
         turns, all_pictures, new = [], [], []
         for turn in self.turns[: number + 1]:
-            is_last = turn is self.turns[number]
+            is_last = turn is question
             new = new + turn.pictures
             if not (turn.is_answered or is_last):
                 continue

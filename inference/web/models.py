@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ class ModelEntry:
     """What the page says of a model.
 
     Args:
-        name: of its file or directory.
+        name: of its file or directory; each is there once.
         path: where it is.
         n_parameters: without the vision encoder; None if that cannot be told.
         n_bytes: on disk.
@@ -45,7 +45,7 @@ class ModelEntry:
             data, questions, date; None if it was not measured.
         knows: "scenes" if its vision encoder has seen nothing but the demo's drawn shapes.
         problem: why it cannot be opened; None if nothing is known against it.
-        version: changes when the file does.
+        version: changes when it does, by itself or as its JSON describes it.
     """
 
     name: str
@@ -80,6 +80,8 @@ class ModelShelf:
     def __init__(self, config: WebConfig, most_open: int = MOST_OPEN):
         self.config, self.most_open = config, most_open
         self._described: dict[Path, ModelEntry] = {}
+        # What came out when a model was opened, by path and version.
+        self._problems: dict[tuple, str] = {}
         self._open: OrderedDict[tuple, OpenModel] = OrderedDict()
         # Held while a model is loaded, so that two who want it load it once.
         self._lock = RLock()
@@ -88,15 +90,23 @@ class ModelShelf:
 
     def list(self) -> list[ModelEntry]:
         """All models, as they are on disk now; those that cannot be opened have a problem."""
-        entries = []
-        for path in list_model_paths(self.config):
-            version = read_version(path)
-            entry = self._described.get(path)
-            if entry is None or entry.version[: len(version)] != version:
-                entry = describe_model(self.config, path, version)
-                self._described[path] = entry
-            entries.append(entry)
-        return entries
+        entries = [self._describe(path) for path in list_model_paths(self.config)]
+        # two of one name are told apart by their folders
+        counts = Counter(entry.name for entry in entries)
+        return [
+            replace(entry, name=str(entry.path)) if counts[entry.name] > 1 else entry
+            for entry in entries
+        ]
+
+    def _describe(self, path: Path) -> ModelEntry:
+        """The entry of a model, whose file is looked at again if it changes or was not in order."""
+        version = read_version(path)
+        entry = self._described.get(path)
+        if entry is None or entry.version != version or entry.problem:
+            entry = describe_model(self.config, path, version)
+            self._described[path] = entry
+        problem = entry.problem or self._problems.get((path, version))
+        return replace(entry, problem=problem, score=read_scores(path) or None)
 
     def default(self) -> ModelEntry:
         """The model that the flags name, or the best there is; UserError where none can be used."""
@@ -131,7 +141,7 @@ class ModelShelf:
 
     def _find_multi(self, entry: ModelEntry) -> ModelEntry | None:
         """sft_vlm_multi_512.pth for sft_vlm_512.pth in the same folder."""
-        parts = _NAME.fullmatch(entry.name)
+        parts = _NAME.fullmatch(entry.path.stem)
         if entry.stage != "sft" or not parts:
             return None
         path = entry.path.with_name(f"sft_vlm_multi_{parts['dim']}.pth")
@@ -183,24 +193,19 @@ class ModelShelf:
         try:
             self._open[key] = OpenModel(load_vlm(entry.path, **options))
         except UserError as error:
-            # So the list shows it from now on.
-            self._described[entry.path] = replace(entry, problem=str(error))
+            # So the list shows it until the file changes.
+            self._problems[key] = str(error)
             raise
         return self._open[key]
 
 
 def read_version(path: Path) -> tuple:
-    """Changes when a model, what is said about it or its score does."""
+    """Changes when a model does, or the JSON that describes it."""
     version = []
-    names = ("config.json", "model.safetensors", "report.json", "report_multi.json")
-    beside = [path.with_suffix(".json"), path.with_suffix(".scores.json")]
-    folder = path if path.is_dir() else path.parent
-    for file in (path, *beside, *(folder / name for name in names)):
-        try:
+    for file in (path, path.with_suffix(".json"), path / "config.json", path / "model.safetensors"):
+        with suppress(OSError):
             status = file.stat()
-        except OSError:
-            continue
-        version += [file.name, status.st_mtime_ns, status.st_size]
+            version += [file.name, status.st_mtime_ns, status.st_size]
     return tuple(version)
 
 
@@ -220,7 +225,6 @@ def describe_model(config: WebConfig, path: Path, version: tuple) -> ModelEntry:
         entry = replace(
             entry,
             stage=name_stage(entry.name, parts.info),
-            score=read_scores(path) or None,
             knows="scenes" if parts.vision_model and is_demo_encoder(parts.vision_model) else None,
         )
         return replace(entry, n_parameters=count_parameters(path))

@@ -33,8 +33,8 @@ from inference.web.words import Problem, describe_problem
 
 # Seconds after which it is asked again whether somebody still wants an answer.
 PATIENCE = 0.1
-# Seeds are shown, so they are short.
-MOST_SEED = 2**31
+# Random seeds are shown, so they are short.
+SHORT_SEED = 10**6
 
 
 class StoppedError(Exception):
@@ -99,7 +99,7 @@ class Worker:
         """
         settings = dict(sampling)
         if settings.get("seed") is None:
-            settings["seed"] = secrets.randbelow(MOST_SEED)
+            settings["seed"] = secrets.randbelow(SHORT_SEED)
         turn = Turn(question, pictures, refused, entry.name, settings)
         with self._changed:
             # into the conversation
@@ -127,7 +127,7 @@ class Worker:
         is_wanted: Callable[[], bool],
     ) -> Turn:
         """Ask the question of turn `number` again; all behind it goes away. See `ask`."""
-        question = find_turn(conversation, number).question
+        question = conversation.find(number).question
         return self.edit(conversation, entry, number, question, sampling, is_wanted)
 
     def edit(
@@ -140,7 +140,7 @@ class Worker:
         is_wanted: Callable[[], bool],
     ) -> Turn:
         """Ask another question about the pictures of turn `number`, instead of it. See `ask`."""
-        old = find_turn(conversation, number)
+        old = conversation.find(number)
         return self.ask(
             conversation,
             entry,
@@ -332,13 +332,6 @@ class Worker:
             self._take(job)
         self._do(job)
         self._check()
-
-
-def find_turn(conversation: Conversation, number: int) -> Turn:
-    """Turn `number`; Problem where it is no longer there, cut off in another window."""
-    if not 0 <= number < len(conversation.turns):
-        raise Problem("gone")
-    return conversation.turns[number]
 
 
 def check_question(before: list[Turn], turn: Turn) -> None:

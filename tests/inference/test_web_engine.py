@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import string
 import threading
 import time
@@ -289,6 +290,7 @@ def test_a_seed_repeats_an_answer_under_load(worker):
     wait(*turns)
     same = [turn.answer == alone.answer for turn in turns]
     assert same == [False, True, False, False, True, False]
+    assert ask(worker, seed=-1).problem.key == "other_problem"
     # a random seed is told, so that the answer can be had again
     assert ask(worker, seed=turns[3].settings["seed"], **options).answer == turns[3].answer
 
@@ -498,16 +500,16 @@ def test_a_visitor_about_whom_nothing_can_be_learned_has_left(worker, capfd):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is not supported"),
         (b"\0\0\0\x18ftypheic", "HEIC is not supported"),
         ("truncated", "image damaged"),
-        ("huge", "image too large"),
+        # the first bytes of one of 20,000 x 20,000 pixels
+        (b"P6 20000 20000 255\n" + bytes(300), "image too large"),
         ("narrow", "image too narrow"),
     ],
 )
 def test_a_bad_picture_has_its_reason_in_three_languages(content, reason):
     if isinstance(content, str):
-        sizes, file = {"huge": (20_000, 20_000), "narrow": (2000, 2)}, io.BytesIO()
-        whole = Image.new("1", sizes[content]) if content in sizes else picture(1)
-        whole.save(file, "PNG")
-        content = file.getvalue()[: None if content in sizes else 500]
+        file = io.BytesIO()
+        (Image.new("1", (2000, 2)) if content == "narrow" else picture(1)).save(file, "PNG")
+        content = file.getvalue()[: 500 if content == "truncated" else None]
     with pytest.raises(BadSampleError, match=reason) as caught:
         Picture.open("a.png", io.BytesIO(content))
     problem = describe_problem(caught.value)
@@ -588,6 +590,9 @@ def test_the_shelf_lists_what_there_is_and_what_is_wrong_with_it(folder, vision_
     assert good.trained_at.timestamp() == pytest.approx(
         (tmp_path / "sft_vlm_64.pth").stat().st_mtime
     )
+    # weights that were trained again have not been measured
+    os.utime(tmp_path / "sft_vlm_64.scores.json", (1e9, 1e9))
+    assert next(entry for entry in shelf.list() if entry.name == good.name).score is None
     # a file that changes is looked at again, as is one that turns out not to fit
     (tmp_path / "cut_64.pth").write_bytes(whole)
     shelf.config = WebConfig(
@@ -602,7 +607,7 @@ def test_the_shelf_lists_what_there_is_and_what_is_wrong_with_it(folder, vision_
     worker.close()
 
 
-def test_what_can_be_chosen_and_what_is_chosen_for_several_pictures(folder):
+def test_what_can_be_chosen_and_what_is_chosen_for_several_pictures(folder, tmp_path):
     shelf = ModelShelf(WebConfig(out_dir=str(folder), device="cpu"))
     pretrained, single, several = shelf.list()
     assert [entry.stage for entry in shelf.list()] == ["pretrain", "sft", "sft_multi"]
@@ -614,6 +619,11 @@ def test_what_can_be_chosen_and_what_is_chosen_for_several_pictures(folder):
     assert shelf.choose_for(2, single) == (single, several)
     assert shelf.choose_for(2, several) == (several, None)
     assert shelf.choose_for(2, pretrained) == (pretrained, None)
+    # two of one name are told apart
+    (tmp_path / single.path.name).write_bytes(single.path.read_bytes())
+    twice = WebConfig(out_dir=str(folder), weights=str(tmp_path / single.path.name))
+    names = [entry.name for entry in ModelShelf(twice).list()]
+    assert names[0] == str(tmp_path / single.path.name) and str(single.path) in names
     # the flags name another
     named = WebConfig(out_dir=str(folder), weights=str(pretrained.path))
     assert ModelShelf(named).default() == pretrained and len(ModelShelf(named).list()) == 3
