@@ -26,6 +26,7 @@ article { margin: 1.5rem 0; }
 figure { display: inline-block; margin: .5rem .5rem 0 0; max-width: 100%; vertical-align: top; }
 figure img { display: block; max-width: min(20rem, 100%); border-radius: .5rem; }
 figcaption, .note { font-size: .8rem; opacity: .7; overflow-wrap: anywhere; }
+.note { margin: .3rem .9rem 0; }
 """
 
 
@@ -86,10 +87,12 @@ def _draw(turn: Turn, language: str) -> str:
         f"<figcaption>{escape(picture.name)}</figcaption></figure>"
         for picture in turn.pictures
     )
-    refused = [f"{name}: {problem.say(language)}" for name, problem in turn.refused]
+    parts = [_label("question", f"{escape(turn.question)}\n{pictures}".strip(), language)]
 
     # the answer, and what there is to say about it
-    notes = [*refused]
+    if turn.answer:
+        parts.append(_label("answer", escape(turn.answer), language))
+    notes = [f"{name}: {problem.say(language)}" for name, problem in turn.refused]
     if turn.problem:
         notes.append(turn.problem.say(language))
     if turn.state == "stopped":
@@ -103,11 +106,12 @@ def _draw(turn: Turn, language: str) -> str:
             seconds=f"{turn.seconds_to_first_token:.2f}",
         )
         settings = ", ".join(f"{name} {value}" for name, value in turn.settings.items())
-        notes.append(f"{turn.model} · {speed} · {settings}")
-    notes = "".join(f'<div class="note">{escape(note)}</div>' for note in notes)
-    return f"""<article>
-<div class="question" aria-label="{escape(say("question", language))}">{escape(turn.question)}
-{pictures}</div>
-<div class="answer" aria-label="{escape(say("answer", language))}">{escape(turn.answer)}</div>
-{notes}
-</article>"""
+        notes.append(" · ".join(filter(None, (turn.model, speed, settings))))
+    parts += [f'<div class="note">{escape(note)}</div>' for note in notes]
+    return "\n".join(["<article>", *parts, "</article>"])
+
+
+def _label(kind: str, content: str, language: str) -> str:
+    """A question or an answer, whose kind a screen reader says."""
+    name = escape(say(kind, language))
+    return f'<div class="{kind}" role="group" aria-label="{name}">{content}</div>'

@@ -239,6 +239,7 @@ class Worker:
             for job in list(self._waiting):
                 if job.ticket.is_finished:
                     self._waiting.remove(job)
+                    job.ticket.find_place = None
 
     def _serve(self) -> None:
         """Do one job after the other."""
