@@ -169,6 +169,23 @@ def test_of_a_model_with_two_halves_the_one_that_sees_is_read(folders, tmp_path,
     assert set(HALVES) == {"clip", "siglip"}
 
 
+@pytest.mark.parametrize("name", ["dinov2", "resnet", "efficientnet", "mobilenet_v2"])
+def test_a_classifier_is_read_without_its_head(folders, tmp_path, name):
+    """As CNNs are published: under a name of their own, beside what names 1,000 things."""
+    folder = shutil.copytree(folders(name), tmp_path / "classifier")
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"{name}.{key}": weight for key, weight in weights.items()}
+    weights["classifier.weight"] = torch.ones(10, 3)
+    # older versions wrote no counts for training
+    weights = {key: one for key, one in weights.items() if "num_batches_tracked" not in key}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    pixel_values = own_pixels(name, photographs())
+    expected = load_vision_encoder(folders(name))[0](pixel_values)
+    found = load_vision_encoder(folder)[0](pixel_values)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_no_family_is_untested():
     assert {HALVES.get(name, name) for name in ENCODERS} == set(FAMILIES)
     assert {kind for _, (kind, _), _ in ENCODERS.values()} | {"ViT", "DeiT"} == set(PROCESSORS)
