@@ -101,7 +101,7 @@ def write_page(path: Path, answers: list[LookedAt]) -> None:
         page.paste(section, (0, top))
         top += section.height
     with atomic_write(path) as file:
-        page.save(file, "PNG", optimize=True)
+        page.save(file, "PNG")
 
 
 class Sheet:

@@ -51,7 +51,9 @@ def draw_map(
 
 def find_top(heat: np.ndarray) -> float:
     """The number that has the brightest color, in one map or in several that are compared."""
-    return max(float(heat.max()), LEAST_PEAK * float(heat.clip(0).mean()))
+    # Of few patches none can be much above the mean.
+    peak = min(LEAST_PEAK, heat.size / 4)
+    return max(float(heat.max()), peak * float(heat.clip(0).mean()))
 
 
 def to_colors(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
