@@ -266,7 +266,7 @@ def test_page_of_two_pictures_and_many_words(vlm, pixel_values, tmp_path, monkey
     with Image.open(tmp_path / "new/out.png") as page:
         assert page.format == "PNG" and page.width == 1476
         # 2 bands with 2 pictures, 2 bands with one
-        assert 6 * 400 < page.height < 6 * 460
+        assert 6 * 400 < page.height < 6 * 480
         assert len(page.getcolors(2**24)) > 100
 
 
