@@ -8,6 +8,7 @@
     python -m scripts.bench parquet         # 1 million rows that share pictures: disk, start-up
     python -m scripts.bench clean --flickr8k FOLDER
     python -m scripts.bench busy            # on a CPU that other programs use too
+    python -m scripts.bench attention       # does a model look at what it speaks about?
 
 A table is printed as it grows; out/bench.json keeps the newest of each kind.
 """
@@ -23,7 +24,7 @@ from common.flags import program_name
 from scripts.download.items import LAYERS
 
 # Each is a module beside this one with `measure(args)`, which prints its rows and returns them.
-SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "busy")
+SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "busy", "attention")
 RESULTS = Path("out/bench.json")
 
 
