@@ -20,9 +20,9 @@ from model.model_vlm import MiniMindVLM
 if TYPE_CHECKING:
     from inference.load import VLM
 
-# Memory for the pictures that go through the model together. A CPU is no faster with more, and is
-# to look up from its work often.
-CPU_BYTES, GPU_BYTES = 2**26, 2**31
+# Memory for the pictures that go through the model together. A CPU is hardly faster with more, and
+# has to look up from its work often: `progress` may stop it.
+CPU_BYTES, GPU_BYTES = 2**25, 2**31
 
 
 @torch.inference_mode()
@@ -42,7 +42,8 @@ def occlude(
         pixel_values: float[k, 3, H, W] of all pictures of the conversation.
         image: index of the picture whose patches are greyed out.
         word: index of the word, see `Looks.words`; None for all words, in about the same time.
-        progress: is called with (patches that are done, all patches) after each batch.
+        progress: is called with (patches that are done, all patches) after each batch; an error
+            that it raises stops the work.
 
     Returns float32[rows, cols], or float32[words, rows, cols]: the fall of the log-probability of
     a word's tokens, in nats; negative where the word becomes likelier.
