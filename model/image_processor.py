@@ -82,6 +82,10 @@ def load_image_processor(
     processor_class = getattr(transformers, PROCESSORS[kind])
 
     # its numbers
+    # Some words are understood by one class only.
+    for name in ("rescale_offset", "include_top", "crop_pct"):
+        if not hasattr(processor_class, name):
+            facts.pop(name, None)
     chosen = DEFAULTS.get(kind, {}) | _choose(facts, place, processor_class.default_to_square)
     image_processor = processor_class(**chosen)
     _check_pictures(image_processor, place, image_size)
@@ -92,7 +96,7 @@ def _choose(facts: dict, place: str, is_square: bool) -> dict[str, object]:
     """What the file says, checked.
 
     Args:
-        facts: the file, without what is null.
+        facts: the file, without what is null or not for this class.
         place: its name.
         is_square: a size of one number is both sides, not the shorter one.
     """

@@ -344,7 +344,7 @@ def test_an_image_processor_may_leave_steps_out(tmp_path):
     for change, mean, std in (
         (dict(do_normalize=False), 0, 1),
         (dict(do_normalize=False, do_rescale=False), 0, 1 / 255),
-        (dict(image_mean=[0.5] * 3, image_std=[0.25] * 3), 0.5, 0.25),
+        (dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, include_top=True), 0.5, 0.25),
     ):
         facts = dict(image_processor_type="ViTFeatureExtractor", size=32) | change
         (tmp_path / PREPROCESSOR).write_text(json.dumps(facts))
