@@ -186,20 +186,22 @@ def offer_occlusion(visit: Visit, look: Look) -> None:
     """A button that begins it, then a line that says how far it is."""
     task = look.occluding
     with st.container(width=WIDTH, gap="small"):
-        if task is not None and not task.is_finished:
-            place = st.empty()
-
-            def show_progress() -> bool:
-                text = visit.say("occluding", done=look.n_done, total=look.n_patches)
-                place.progress(look.n_done / look.n_patches, text)
-                return not task.is_finished
-
-            visit.follow(show_progress)
-            return
-        st.button(
-            visit.say("occlude"), key="occlude", icon=":material/grid_on:", width="stretch",
-            on_click=start_occlusion, args=(visit, look),
-        )  # fmt: skip
+        place = st.empty()
         st.caption(f"**{visit.say('occlusion')}.** {visit.say('occlusion_help')}")
-        if task is not None and task.problem:
-            show_problem(task.problem.say(visit.language), "occlusion")
+
+        # not begun, or it went wrong
+        if task is None or task.is_finished:
+            place.button(
+                visit.say("occlude"), key="occlude", icon=":material/grid_on:", width="stretch",
+                on_click=start_occlusion, args=(visit, look),
+            )  # fmt: skip
+            if task is not None and task.problem:
+                show_problem(task.problem.say(visit.language), "occlusion")
+            return
+
+        def show_progress() -> bool:
+            text = visit.say("occluding", done=look.n_done, total=look.n_patches)
+            place.progress(look.n_done / look.n_patches, text if look.n_done else visit.say("next"))
+            return not task.is_finished
+
+        visit.follow(show_progress)

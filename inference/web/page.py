@@ -9,6 +9,7 @@ by nothing else: as Markdown, a question could make the browser of whoever reads
 address, or carry a link. So names and texts are in no label, tooltip or caption.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import streamlit as st
@@ -19,7 +20,14 @@ from inference.config import MAX_UPLOAD_MB, WebConfig
 from inference.web.conversation import MAX_PICTURES, Picture
 from inference.web.gallery import Example
 from inference.web.models import ModelEntry
-from inference.web.parts import show_cards, show_problem, show_style, show_text, watch_refused
+from inference.web.parts import (
+    forget_attached,
+    show_cards,
+    show_problem,
+    show_style,
+    show_text,
+    watch_attached,
+)
 from inference.web.service import open_service
 from inference.web.settings import show_top
 from inference.web.turns import show_turn
@@ -67,7 +75,7 @@ def show_page(
 
 def read_question(visit: Visit) -> None:
     """The line to write in, and what was sent with it since the last run."""
-    refused = watch_refused("refused")
+    attached = watch_attached("attached")
     sent = st.chat_input(
         visit.say("ask"),
         key="question",
@@ -76,18 +84,20 @@ def read_question(visit: Visit) -> None:
         max_upload_size=MAX_UPLOAD_MB,
     )
     if sent:
-        visit.ask(sent.text, *open_uploads(sent.files, refused))
+        forget_attached("attached")
+        visit.ask(sent.text, *open_uploads(sent.files, attached))
 
 
-def open_uploads(files: list, refused: list[str]) -> tuple[list[Picture], list]:
+def open_uploads(files: list, attached: list[str]) -> tuple[list[Picture], list]:
     """(pictures, [(name, problem)] of what is none), see MAX_PICTURES and MAX_UPLOAD_MB.
 
     Args:
         files: uploads.
-        refused: names of those that the browser did not upload.
+        attached: names of what was beside the question; what did not arrive is among them.
     """
-    pictures = []
-    problems = [(name, Problem("not_uploaded", most=MAX_UPLOAD_MB)) for name in refused]
+    missing = Counter(attached) - Counter(file.name for file in files)
+    problem = Problem("not_uploaded", most=MAX_UPLOAD_MB)
+    pictures, problems = [], [(name, problem) for name in missing.elements()]
     for file in files[:MAX_PICTURES]:
         try:
             pictures.append(Picture.open(file.name, file))

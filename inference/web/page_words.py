@@ -69,9 +69,11 @@ PAGE_WORDS = {
         "ja": "このモデルで例を試しています…",
     },
     "not_uploaded": {
-        "en": "not uploaded: a picture may have {most} MB",
-        "zh": "未上传：每张图片最多 {most} MB",
-        "ja": "アップロードできません：画像は 1 枚 {most} MB までです",
+        "en": "it did not arrive: a picture may have {most} MB, and has to be uploaded before you "
+        "send the question",
+        "zh": "没有收到：每张图片最多 {most} MB，并且要等上传完再提问",
+        "ja": "届きませんでした：画像は 1 枚 {most} MB までで、アップロードの完了後に質問して"
+        "ください",
     },
     "first_pictures": {
         "en": "only the first {most} pictures of a message are used",

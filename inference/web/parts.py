@@ -73,11 +73,23 @@ def show_cards(examples: Sequence[Example], key: str, choose: Callable[[Example]
     cards(key=key, data={"cards": shown}, on_chosen_change=choose_one)
 
 
-def watch_refused(key: str) -> list[str]:
-    """Names of the files that the browser did not upload, which wait beside the question."""
-    watch = mount("refused_files", "", "refused")
+def watch_attached(key: str) -> list[str]:
+    """Names of the files beside the question, also in the run in which it is sent."""
+    watch = mount("attached_files", "", "attached")
+    nothing = {"batch": 0, "names": []}
     with st.container(key="watch"):
-        return list(watch(key=key, default={"names": []}, on_names_change=lambda: None).names or [])
+        files = watch(key=key, default={"files": nothing}, on_files_change=lambda: None).files
+    files = files or nothing
+    # Those of a question that was sent are told a little longer than they are there.
+    is_sent = st.session_state.get(f"{key}_sent") == files["batch"]
+    return [] if is_sent else [str(name) for name in files["names"]]
+
+
+def forget_attached(key: str) -> None:
+    """The files that are there have been sent."""
+    files = (st.session_state.get(key) or {}).get("files")
+    if files:
+        st.session_state[f"{key}_sent"] = files["batch"]
 
 
 def mount(name: str, html: str, file: str):
