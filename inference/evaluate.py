@@ -220,32 +220,39 @@ class Evaluation:
         input_ids, attention_mask = pad_left([self._encode(one.question, one.row) for one in batch])
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
         n_prompt, n_answer = input_ids.shape[1], max(one.n_answer for one in batch)
+        # the longest of each question go together, then the next ones: little padding
         answers = [
-            [self._encode_label(answer)[: one.n_answer] for answer in one.question.right_answers]
+            sorted(map(self._encode_label, one.question.right_answers), key=len, reverse=True)
             for one in batch
         ]
         cache = KVCache(model.config, len(batch), n_prompt + n_answer, device, dtype)
         first = prefill(model, input_ids, None, self.pictures.features(keys), attention_mask, cache)
         attention_mask = F.pad(attention_mask, (0, n_answer), value=1)
 
-        # the first right answer of each question, then the second, ...
-        nats, counts = torch.zeros(len(batch), device=device), torch.zeros(len(batch))
+        # one right answer of each question after the other
+        nats, n_labels = torch.zeros(len(batch), device=device), [0] * len(batch)
         for number in range(max(map(len, answers))):
+            # (B, T), -100 where there is nothing to predict
             labels = pad_sequence(
-                [group[number] if number < len(group) else group[0][:0] for group in answers],
+                [
+                    group[number][: one.n_answer] if number < len(group) else group[0][:0]
+                    for one, group in zip(batch, answers)
+                ],
                 batch_first=True,
                 padding_value=IGNORE_INDEX,
-            ).to(device)  # (B, T)
-            embeddings = model.tok_embeddings(labels[:, :-1].clamp(min=0))
+            )
+            embeddings = model.tok_embeddings(labels[:, :-1].clamp(min=0).to(device))
             hidden = embeddings  # (B, T - 1, dim)
             if hidden.shape[1]:
                 hidden = model.run_layers(embeddings, attention_mask, cache)
-            for row, (before, after) in enumerate(zip(first, hidden)):
-                logits = torch.cat((before[None], model.output(after)))  # (T, vocab_size)
-                nats[row] += F.cross_entropy(logits.float(), labels[row], reduction="sum")
-            counts += (labels != IGNORE_INDEX).sum(1).cpu()
+            for row, label in enumerate(labels):
+                label = label[label != IGNORE_INDEX]
+                after = model.output(hidden[row, : max(0, len(label) - 1)])
+                logits = torch.cat((first[row, None], after))[: len(label)]  # (T, vocab_size)
+                nats[row] += F.cross_entropy(logits.float(), label.to(device), reduction="sum")
+                n_labels[row] += len(label)
             cache.rewind(n_prompt)
-        return list(zip(nats.tolist(), counts.int().tolist()))
+        return list(zip(nats.tolist(), n_labels))
 
     def _encode_label(self, answer: str) -> torch.Tensor:
         """int64[T]: an answer and the token that ends it."""

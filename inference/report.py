@@ -24,6 +24,7 @@ from inference.metrics import (
     BLEU_COLUMNS,
     RESAMPLES,
     N,
+    Score,
     compute_bleu,
     resample,
     score_texts,
@@ -120,10 +121,22 @@ def measure_scores(questions: list[Question], statistics: np.ndarray) -> dict[st
         is_caption = caption_types.issuperset(questions[index].type for index in indices)
         scores = CAPTION_SCORES | PLAIN_SCORES if is_caption else PLAIN_SCORES
         measured = resample(statistics[indices], units[indices], scores)
+        measured["exact"] = widen(measured["exact"], len(np.unique(units[indices])))
         found[type_] = {
             name: score._asdict() for name, score in measured.items() if np.isfinite(score.value)
         }
     return found
+
+
+def widen(share: Score, n_units: int) -> Score:
+    """An interval of a share of 0 or 1, of which all draws are the same: the exact one.
+
+    With a larger share of wrong answers than its end, as few as none would come in 2.5 % of cases.
+    """
+    if share.low is None or share.low < share.high or share.value not in (0, 1):
+        return share
+    rest = 1 - 0.025 ** (1 / n_units)
+    return share._replace(high=rest) if share.value == 0 else share._replace(low=1 - rest)
 
 
 def describe_answer(question: Question, images: str, row: np.ndarray | None = None) -> dict:

@@ -18,7 +18,7 @@ from dataset.mixture import open_data
 from inference import load_vlm
 from inference.config import EvalConfig
 from inference.evaluate import Asked, Evaluation, make_batches
-from inference.metrics import check_package
+from inference.metrics import Score, check_package
 from inference.paths import choose_weights
 from inference.questions import (
     Question,
@@ -27,7 +27,7 @@ from inference.questions import (
     read_type,
     shuffle_images,
 )
-from inference.report import find_captions, save_answers
+from inference.report import find_captions, save_answers, widen
 from model.llava import to_llava
 from model.weights import save_atomically, save_weights, select_weights
 from tests.helpers import (
@@ -530,6 +530,14 @@ def test_mistakes_with_metrics_cost_one_line(setup, captioned, monkeypatch):
     monkeypatch.setattr("inference.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements-metrics.txt$"):
         check_package()
+
+
+@given(st.integers(2, 500))
+def test_the_interval_of_all_right_is_where_that_is_rare(n):
+    """Were fewer right than its lower end, n right ones of n would come in under 2.5 % of cases."""
+    low = widen(Score(1.0, 1.0, 1.0), n).low
+    assert low**n == pytest.approx(0.025) and widen(Score(0.0, 0.0, 0.0), n).high == 1 - low
+    assert widen(Score(0.9, 0.8, 1.0), n) == (0.9, 0.8, 1.0)
 
 
 def test_types_that_have_captions():
