@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -102,6 +103,10 @@ def write_page(path: Path, answers: list[LookedAt]) -> None:
         top += section.height
     with atomic_write(path) as file:
         page.save(file, "PNG")
+    said = "".join(answer.question + "".join(answer.words) for answer in answers)
+    has_chinese = any(unicodedata.name(letter, "").startswith("CJK") for letter in said)
+    if has_chinese and not find_cjk_fonts():
+        print(f"no font here has Chinese characters, such as {CJK_FONTS[0]}: {path} has boxes")
 
 
 class Sheet:
@@ -128,17 +133,18 @@ class Sheet:
         for x, y, tile in self.tiles:
             image.paste(tile, (x, y))
 
-        # Matplotlib finds each character in the first font that has it.
+        # Matplotlib takes each character from the first font that has it, or draws a box.
         figure = Figure(figsize=(width / 100, height / 100), dpi=100)
         figure.figimage(np.asarray(image))
         families = ["DejaVu Sans", *find_cjk_fonts()]
         for x, y, text, size, color in self.lines:
-            place = (x / width, 1 - y / height, text)
-            # 72 points are 100 pixels; a "$" is no formula
-            how = dict(size=size * 0.72, color=color, family=families, parse_math=False)
-            figure.text(*place, va="top", **how)
+            # 72 points are 100 pixels; a "$" begins no formula
+            how = dict(size=0.72 * size, color=color, family=families, parse_math=False)
+            figure.text(x / width, 1 - y / height, text, va="top", **how)
         canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+            canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
@@ -146,7 +152,8 @@ def draw_answer(answer: LookedAt) -> Image.Image:
     """RGB: a column for each word, and for each picture its attention and its occlusion."""
     # question and answer; a letter is about half as wide as high
     n_words = min(len(answer.words), MOST_WORDS)
-    n_columns = min(max(n_words, LEAST_COLUMNS), MOST_COLUMNS)
+    n_bands = math.ceil(n_words / MOST_COLUMNS)
+    n_columns = max(math.ceil(n_words / n_bands), LEAST_COLUMNS)
     width = 2 * MARGIN + (n_columns + 1) * (TILE + GAP) - GAP
     question = " ".join(answer.question.replace(IMAGE_TAG, "").split())
     said = " ".join("".join(answer.words).split())

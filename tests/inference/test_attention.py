@@ -264,10 +264,22 @@ def test_page_of_two_pictures_and_many_words(vlm, pixel_values, tmp_path, monkey
         warnings.simplefilter("error")
         write_page(tmp_path / "new/out.png", [looked, long])
     with Image.open(tmp_path / "new/out.png") as page:
-        assert page.format == "PNG" and page.width == 1476
-        # 2 bands with 2 pictures, 2 bands with one
+        assert page.format == "PNG" and page.width == 1116
+        # 2 bands of 5 words with 2 pictures, 2 bands with one
         assert 6 * 400 < page.height < 6 * 480
         assert len(page.getcolors(2**24)) > 100
+
+
+def test_a_system_without_chinese_fonts_gets_boxes_and_one_line(
+    vlm, pixel_values, tmp_path, monkeypatch, capsys
+):
+    maps = np.ones((1, 1, SIDE, SIDE))
+    looked = LookedAt("<image>\n?", ["红色"], pixel_values[:1], maps, maps)
+    monkeypatch.setattr(attention_page, "CJK_FONTS", ("None Such",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_page(tmp_path / "out.png", [looked])
+    assert "no font here has Chinese characters, such as None Such" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
