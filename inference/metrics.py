@@ -33,7 +33,8 @@ TOKEN = re.compile(
 # Two words in one: "isn't" is "is n't".
 CONTRACTION = re.compile(r"(.+?)(n't|'(?:s|m|d|re|ve|ll))")
 TWO_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na"}
-N = 4  # longest runs of words that BLEU and CIDEr compare
+# The longest runs of words that BLEU and CIDEr compare.
+N = 4
 # Columns of what BLEU is computed from, see `compute_bleu`.
 BLEU_COLUMNS = 2 * N + 2
 # How often units are drawn for an interval, and its ends in percent.
@@ -177,9 +178,11 @@ def resample(
     # a score of all, and of each draw
     found = {}
     for name, compute in scores.items():
-        value = float(compute(sums.sum(0)))
         ends = (None, None)
-        if len(names) > 1:
-            ends = map(float, np.percentile(compute(drawn), INTERVAL))
+        # the perplexity of a broken model may be more than a float holds
+        with np.errstate(over="ignore"):
+            value = float(compute(sums.sum(0)))
+            if len(names) > 1:
+                ends = map(float, np.percentile(compute(drawn), INTERVAL))
         found[name] = Score(value, *ends)
     return found

@@ -123,15 +123,17 @@ def measure_scores(questions: list[Question], statistics: np.ndarray) -> dict[st
         measured = resample(statistics[indices], units[indices], scores)
         measured["exact"] = widen(measured["exact"], len(np.unique(units[indices])))
         found[type_] = {
-            name: score._asdict() for name, score in measured.items() if np.isfinite(score.value)
+            name: score._asdict()
+            for name, score in measured.items()
+            if np.isfinite([end for end in score if end is not None]).all()
         }
     return found
 
 
 def widen(share: Score, n_units: int) -> Score:
-    """An interval of a share of 0 or 1, of which all draws are the same: the exact one.
+    """A share of 0 or 1, which is the same in all draws, with its exact interval.
 
-    With a larger share of wrong answers than its end, as few as none would come in 2.5 % of cases.
+    Its end is the share with which n units would all be right, or wrong, in 2.5 % of cases.
     """
     if share.low is None or share.low < share.high or share.value not in (0, 1):
         return share
