@@ -225,7 +225,10 @@ def show_pictures(question: Question, images: str, dataset, side: int) -> str:
         return ""
     try:
         _, pictures = dataset.read(row)
-        for picture in pictures[: len(question.images)][:MOST_PICTURES]:
+        pictures = pictures[: len(question.images)][:MOST_PICTURES]
+        # several share the place of one, and so the size of the page is bounded
+        side = side if len(pictures) == 1 else side // 2
+        for picture in pictures:
             image = load_image(picture)
             image.thumbnail((side, side), Image.Resampling.BICUBIC)
             buffer = io.BytesIO()
