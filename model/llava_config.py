@@ -51,7 +51,7 @@ def find_joints(vision_config: PreTrainedConfig) -> dict[str, object]:
         able = ", ".join(one.name for one in FAMILIES.values() if one.llava_strategy)
         raise UserError(
             f"a model with {family.name} cannot become a LLaVA, which leaves out one class token "
-            f"and knows no maps: its vision encoder has to be one of {able}"
+            f"at most and knows no CNN: its vision encoder has to be one of {able}"
         )
     return {
         "vision_feature_layer": -1,

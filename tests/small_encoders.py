@@ -1,7 +1,6 @@
 """A tiny random vision encoder of each family, with the image processor it is published with.
 
-Where two numbers could be mixed up they differ: DINOv2 gets other pictures than its configuration
-speaks of, as published, and none has as many patches as another.
+DINOv2 gets other pictures than its configuration speaks of, as the published ones do.
 """
 
 import json
@@ -65,37 +64,37 @@ ENCODERS = {
     "dinov3_convnext": (
         ("DINOv3ConvNext", STAGES),
         ("DINOv3ViT", dict(size=square(128), resample=2) | IMAGENET),
-        (8, 24 + 40),
+        (4, 40),
     ),
     "convnext": (
         ("ConvNext", STAGES),
         ("ConvNext", dict(size={"shortest_edge": 64}, crop_pct=0.875) | IMAGENET),
-        (4, 24 + 40),
+        (2, 40),
     ),
     "convnextv2": (
         ("ConvNextV2", STAGES),
         ("ConvNext", dict(size={"shortest_edge": 384}) | IMAGENET),
-        (24, 24 + 40),
+        (12, 40),
     ),
     "efficientnet": (
         ("EfficientNet", BLOCKS | dict(width_coefficient=1.0, depth_coefficient=1.0)),
         ("EfficientNet", dict(size=square(80), rescale_factor=1 / 127.5, rescale_offset=True)),
-        (10, 24 + 1280),
+        (5, 1280),
     ),
     "mobilenet_v2": (
         ("MobileNetV2", dict(depth_multiplier=0.25)),
         ("MobileNetV2", crop(72, 64)),
-        (4, 24 + 1280),
+        (2, 1280),
     ),
     "regnet": (
         ("RegNet", STAGES | dict(embedding_size=8, groups_width=8)),
         ("ConvNext", dict(size={"shortest_edge": 96}) | IMAGENET),
-        (6, 24 + 40),
+        (3, 40),
     ),
     "resnet": (
         ("ResNet", STAGES | dict(embedding_size=8)),
         ("ConvNext", dict(size={"shortest_edge": 128}) | IMAGENET),
-        (8, 24 + 40),
+        (4, 40),
     ),
 }
 

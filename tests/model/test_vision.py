@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
@@ -21,7 +19,7 @@ from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM, find_image_tokens
 from model.processing import VLMProcessor
 from model.vision import VisionEncoder, load_vision_encoder, normalize_pixels
-from model.vision_families import FAMILIES, HALVES, join_maps
+from model.vision_families import FAMILIES, HALVES
 from scripts.processes import as_flags
 from tests.helpers import TOKENIZER, picture, run_script
 from tests.small_encoders import ENCODERS, make_network, make_processor, save_encoder
@@ -76,17 +74,12 @@ def own_features(folder, pixel_values: torch.Tensor) -> torch.Tensor:
     if hasattr(network.config, "num_register_tokens"):
         return output.last_hidden_state[:, 1 + network.config.num_register_tokens :]
 
-    # a CNN: the deepest map, and the deepest of twice its sides
+    if model_type == "dinov3_convnext":
+        deepest = output.hidden_states[-1].permute(0, 2, 3, 1).flatten(1, 2)
+        return network.layer_norm(deepest).detach()
     deepest = output.last_hidden_state
-    deepest = deepest if deepest.ndim == 4 else output.hidden_states[-1]
-    rows = deepest.shape[-1]
-    finer = [one for one in output.hidden_states if one.shape[-1] == 2 * rows][-1]
-    deepest = F.interpolate(deepest, scale_factor=2, mode="bilinear")
-    normed = [
-        (one - one.mean(1, keepdim=True)) / (one.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-        for one in (finer, deepest)
-    ]
-    return torch.cat(normed, dim=1).permute(0, 2, 3, 1).flatten(1, 2)
+    mean, variance = deepest.mean(1, keepdim=True), deepest.var(1, correction=0, keepdim=True)
+    return ((deepest - mean) / (variance + 1e-5).sqrt()).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -149,7 +142,7 @@ def test_the_sizes_of_published_encoders():
             network = getattr(transformers, f"{classes}Model")(config)
             encoder = VisionEncoder(network, image_size)
         shapes.append((encoder.n_patches, encoder.width))
-    assert shapes == [(576, 1024), (1024, 768), (256, 768), (196, 1024 + 2048)]
+    assert shapes == [(576, 1024), (1024, 768), (256, 768), (49, 2048)]
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -189,28 +182,6 @@ def test_a_classifier_is_read_without_its_head(folders, tmp_path, name):
 def test_no_family_is_untested():
     assert {HALVES.get(name, name) for name in ENCODERS} == set(FAMILIES)
     assert {kind for _, (kind, _), _ in ENCODERS.values()} | {"ViT", "DeiT"} == set(PROCESSORS)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5),
-    st.integers(0, 99),
-)
-@settings(max_examples=40, deadline=None)
-def test_joined_maps_are_the_last_of_the_last_two_resolutions(stages, seed):
-    """Stages of (blocks, channels), each half as fine as the one before, one pixel at the end."""
-    torch.manual_seed(seed)
-    maps, n_stages = [], len(stages)
-    for number, (n_blocks, channels) in enumerate(stages):
-        rows = 2 ** (n_stages - 1 - number)
-        maps += [torch.randn(2, channels, rows, rows) for _ in range(n_blocks)]
-    joined = join_maps(maps)
-    rows = 2 if n_stages > 1 else 1
-    assert joined.shape == (2, rows * rows, sum(channels for _, channels in stages[-2:]))
-    # row by row, each map by itself
-    finer = [one for one in maps if one.shape[-1] == rows][-1]
-    patch = finer[1, :, rows - 1, 0]
-    expected = F.layer_norm(patch, patch.shape)
-    torch.testing.assert_close(joined[1, (rows - 1) * rows, : len(patch)], expected)
 
 
 def test_a_feature_cache_is_of_one_encoder_and_one_way_of_making_features(folders):
