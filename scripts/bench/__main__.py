@@ -7,6 +7,7 @@
     python -m scripts.bench rows            # up to 1 million rows: start-up, memory
     python -m scripts.bench parquet         # 1 million rows that share pictures: disk, start-up
     python -m scripts.bench clean --flickr8k FOLDER
+    python -m scripts.bench photos --flickr8k FOLDER --tokenizer FOLDER
     python -m scripts.bench busy            # on a CPU that other programs use too
     python -m scripts.bench attention       # does a model look at what it speaks about?
 
