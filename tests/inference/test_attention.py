@@ -22,7 +22,15 @@ from inference.load import VLM, load_vlm
 from inference.quantize import quantize
 from model.llava import to_llava, to_llava_ids
 from model.processing import VLMProcessor, load_tokenizer
-from scripts.bench.attention import REPORTED, attend, collect, find_ratio, make_cases, select
+from scripts.bench.attention import (
+    REPORTED,
+    attend,
+    collect,
+    find_ratio,
+    grey_out,
+    make_cases,
+    select,
+)
 from tests.helpers import (
     N_PATCHES,
     ROOT,
@@ -330,10 +338,20 @@ def test_eval_vlm_draws_a_page(tmp_path):
     assert "it draws a .png" in finished.stdout and "model:" not in finished.stdout
 
 
+def find_ratios(watch, n: int) -> dict[str, float]:
+    """A smaller version of `python -m scripts.bench attention`."""
+    masses = collect(watch, load_vlm(SHIPPED, device="cpu"), make_cases(REPORTED, n))
+    return {kind: find_ratio(select(some))[-1, -1] for kind, some in masses.items()}
+
+
 def test_the_shipped_model_looks_at_what_it_speaks_about():
-    """The smaller version of `python -m scripts.bench attention`."""
-    masses = collect(attend, load_vlm(SHIPPED, device="cpu"), make_cases(REPORTED, 60))
-    ratio = {kind: find_ratio(select(some))[-1, -1] for kind, some in masses.items()}
-    assert ratio["right"] >= 3
-    assert ratio["wrong"] < 1.5
-    assert 0.7 < ratio["chance"] < 1.5
+    ratios = find_ratios(attend, 60)
+    assert ratios["right"] >= 3
+    assert ratios["wrong"] < 1.5
+    assert 0.7 < ratios["chance"] < 1.5
+
+
+def test_the_words_of_the_shipped_model_depend_on_what_they_speak_about():
+    ratios = find_ratios(grey_out, 2)
+    assert ratios["right"] >= 3
+    assert ratios["wrong"] < ratios["right"] / 2
