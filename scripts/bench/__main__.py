@@ -25,7 +25,7 @@ from common.flags import program_name
 from scripts.download.items import LAYERS
 
 # Each is a module beside this one with `measure(args)`, which prints its rows and returns them.
-SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "busy", "attention")
+SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "photos", "busy", "attention")
 RESULTS = Path("out/bench.json")
 
 
