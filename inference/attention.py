@@ -7,7 +7,9 @@
     occlude(vlm, turns, answer, pixel_values, image=0, word=3)    # the same shape
 
 Labels are shifted by one, so a word is chosen at the token *before* it: what that token looks at
-is what the word comes from. A word of several tokens has the mean of theirs.
+is what the word comes from. Of the attention to the picture 7.5 to 11.7 times as much as by chance
+is on the thing that a color, shape or size is about; seen from the word's own token 4.2 to 9.2
+times (`python -m scripts.bench attention`). A word of several tokens has the mean of theirs.
 """
 
 from __future__ import annotations
