@@ -79,8 +79,8 @@ def watch_answer(
     with AttentionWatch(predictors, image_tokens) as watch:
         model.run_layers(embeddings)
 
-    # from tokens to words
-    of_tokens = torch.stack(watch.weights)  # (n_layers, n_heads, answer tokens, image tokens)
+    # from tokens to words: the weights are (n_layers, n_heads, answer tokens, image tokens)
+    of_tokens = torch.stack(watch.weights)
     of_words = [of_tokens[:, :, word.tokens].mean(dim=2) for word in words]
     weights = torch.stack(of_words, dim=2)  # (n_layers, n_heads, words, image tokens)
     weights = weights.unflatten(-1, (n_images, *find_grid(model)))  # (..., images, rows, cols)
