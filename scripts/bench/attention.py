@@ -77,7 +77,8 @@ class Mass(NamedTuple):
 
 def measure(args: Namespace) -> list[dict]:
     """Rows of map, picture, words, ratio, low and high (95 %), and n, the number of words."""
-    vlm = load_vlm(WEIGHTS, device=args.device)
+    # The figures are those of any device; a map takes some seconds on a CPU.
+    vlm = load_vlm(WEIGHTS, device="cpu")
 
     # on other scenes: the token before a word, or the word's own?
     cases = make_cases(OTHERS, N_QUESTIONS["attention"])
