@@ -1,6 +1,6 @@
 """A result on real photographs: Flickr8k, a vision encoder from ImageNet, an LM from scratch.
 
-For each language by itself, each step a script of this repository:
+For each language a model of its own, each step a script of this repository:
 
     the LM reads captions       train_sft_vlm.py, rows of text alone
     it sees the photographs     train_sft_vlm.py, 18,000 rows twice: 36,000 samples
@@ -17,6 +17,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.errors import UserError
@@ -45,7 +46,7 @@ FUNCTION_WORDS = (
     "的 在 着 了 和 与 是 有 一 个 上"
 )
 # Seeing: 18,000 captions a language, twice.
-SEEING = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3, "warmup_iters": 50}
+SEEING = {"epochs": 2, "batch_size": 16, "learning_rate": 1.2e-3, "warmup_iters": 50}
 
 
 def measure(args: Namespace) -> list[dict]:
@@ -62,13 +63,15 @@ def measure(args: Namespace) -> list[dict]:
     write_encoder(encoder)
     rows = read_rows(args.flickr8k / TRAIN)
 
-    # train and ask
-    reports = {}
-    for language in WORD:
-        reports[language] = run_language(args, language, select_language(rows, language), encoder)
+    # Both languages at a time, with a thread each: that is faster than one after the other.
+    def run(language: str) -> dict:
+        return run_language(args, language, select_language(rows, language), encoder)
+
+    with ThreadPoolExecutor(max_workers=len(WORD)) as pool:
+        reports = list(pool.map(run, WORD))
 
     # show
-    table = [row for language in reports for row in list_scores(language, reports[language])]
+    table = [row for pair in zip(WORD, reports) for row in list_scores(*pair)]
     print_table(table)
     return table
 
@@ -104,7 +107,9 @@ def run_language(args: Namespace, language: str, rows: list[dict], encoder: Path
         SEEING | {"data_path": photos, "init_weights": "lm", "save_name": "sft_vlm"},
     )
     for stage in stages:
-        run_python("train_sft_vlm.py", *as_flags(**flags | stage), *args.flags)
+        print(f"{language}: training {stage['save_name']}; log: {folder}", flush=True)
+        command = ["train_sft_vlm.py", *as_flags(**flags | stage), *args.flags]
+        run_python(*command, capture=True, OMP_NUM_THREADS="1")
 
     # it is asked about photographs that it has never met
     references = folder / "references.jsonl"
@@ -112,7 +117,9 @@ def run_language(args: Namespace, language: str, rows: list[dict], encoder: Path
     report = folder / "report.json"
     ask = {"out_dir": folder, "data": references, "images_path": args.flickr8k / VAL_IMAGES}
     ask |= {"device": args.device, "save_report": report}
-    run_python("eval_vlm.py", "--metrics", *as_flags(**ask))
+    print(f"{language}: asking about {args.flickr8k / VAL_IMAGES}", flush=True)
+    command = ["eval_vlm.py", "--metrics", *as_flags(**ask)]
+    run_python(*command, capture=True, OMP_NUM_THREADS="1")
     return json.loads(report.read_text(encoding="utf-8"))
 
 

@@ -84,7 +84,7 @@ def test_the_whole_way_on_a_few_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "SIZES", {"dim": 64, "n_layers": 1})
     monkeypatch.setattr(photos, "WORD", {"zh": photos.WORD["zh"]})
 
-    def run_python(*command):
+    def run_python(*command, **options):
         finished = run_script(*command)
         assert finished.returncode == 0, finished.stdout
 
