@@ -3,7 +3,8 @@
     looks = watch_answer(vlm, turns, answer, image_features)
     looks.words                         # ["The", " star", " is", " red", "."]
     heat = looks.map(3, image=0)        # float32[14, 14], mean of all layers and heads
-    draw_map(pixel_values[0], heat)     # a PIL image
+    pixels = vlm.processor.denormalize(pixel_values)
+    draw_map(pixels[0], heat)           # a PIL image
     occlude(vlm, turns, answer, pixel_values, image=0, word=3)    # the same shape
 
 Labels are shifted by one, so a word is chosen at the token *before* it: what that token looks at

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.files import atomic_write
 from common.text import IMAGE_TAG
 from inference.attention import draw_map, occlude, watch_answer
-from inference.heat_map import find_top, to_colors
+from inference.heat_map import draw_picture, find_top
 
 if TYPE_CHECKING:
     from inference.load import VLM
@@ -54,14 +54,14 @@ class LookedAt(NamedTuple):
     Args:
         question: with `<image>` tags.
         words: of the answer.
-        pixel_values: float[k, 3, H, W], the pictures.
+        pixels: uint8[k, 3, H, W], the pictures as the model sees them.
         attention: float[words, k, rows, cols], shares of a word's attention.
         falls: float[words, k, rows, cols] of the log-probability, see `occlude`.
     """
 
     question: str
     words: list[str]
-    pixel_values: torch.Tensor
+    pixels: torch.Tensor
     attention: np.ndarray
     falls: np.ndarray
 
@@ -88,8 +88,8 @@ def look_at_answer(
                 bar.update(begin + n_done - bar.n)
 
             falls.append(occlude(vlm, turns, answer, pixel_values, image, None, note))
-    question = turns[-1]["content"]
-    return LookedAt(question, looks.words, pixel_values, np.array(maps), np.stack(falls, axis=1))
+    question, pixels = turns[-1]["content"], vlm.processor.denormalize(pixel_values)
+    return LookedAt(question, looks.words, pixels, np.array(maps), np.stack(falls, axis=1))
 
 
 def write_page(path: Path, answers: list[LookedAt]) -> None:
@@ -179,12 +179,12 @@ def add_band(sheet: Sheet, y: int, answer: LookedAt, words: range) -> int:
         sheet.add_line(left, y, shorten(text, 15), size=17, color=INK)
     y += 28
 
-    for image, pixels in enumerate(answer.pixel_values):
+    for image, pixels in enumerate(answer.pixels):
         # the picture itself, and at the very first what is beside it
         below = y + TILE + LINE + 4
-        sheet.add_tile(MARGIN, y, Image.fromarray(to_colors(pixels).round().astype(np.uint8)))
+        sheet.add_tile(MARGIN, y, draw_picture(pixels))
         legend = LEGEND if image == words.start == 0 else ()
-        name = ("picture",) if len(answer.pixel_values) == 1 else (f"picture {image + 1}",)
+        name = ("picture",) if len(answer.pixels) == 1 else (f"picture {image + 1}",)
         for number, line in enumerate(name + legend):
             sheet.add_line(MARGIN, y + TILE + 4 + number * LINE, line)
 

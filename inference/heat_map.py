@@ -4,9 +4,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-# What turns normalized pixels into colors again. CLIP's; those of other encoders are close enough
-# for a picture that is to be recognized.
-MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 # Of the picture under the map: how bright, and how gray, so that the colors are those of the map.
 BRIGHTNESS, GRAYNESS = 0.45, 0.4
 # How much of the picture the brightest color covers.
@@ -16,13 +13,11 @@ COVER = 0.9
 LEAST_PEAK = 10
 
 
-def draw_map(
-    pixels: torch.Tensor | np.ndarray, heat: np.ndarray, top: float | None = None
-) -> Image.Image:
+def draw_map(pixels: torch.Tensor, heat: np.ndarray, top: float | None = None) -> Image.Image:
     """A picture as the model sees it, under the colors of a map.
 
     Args:
-        pixels: [3, H, W], uint8 or normalized floats as `preprocess` gives them.
+        pixels: uint8[3, H, W], see `VLMProcessor.denormalize`.
         heat: float[rows, cols]; what is below 0 counts as 0.
         top: the number that has the brightest color; `find_top` of this map if not given.
 
@@ -31,7 +26,7 @@ def draw_map(
     from matplotlib import colormaps
 
     # the picture, dim
-    picture = to_colors(pixels)  # (H, W, 3)
+    picture = pixels.permute(1, 2, 0).numpy().astype(np.float32)  # (H, W, 3)
     gray = picture @ np.float32([0.299, 0.587, 0.114])  # (H, W)
     picture = BRIGHTNESS * ((1 - GRAYNESS) * picture + GRAYNESS * gray[..., None])
 
@@ -56,9 +51,6 @@ def find_top(heat: np.ndarray) -> float:
     return max(float(heat.max()), peak * float(heat.clip(0).mean()))
 
 
-def to_colors(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
-    """float32[H, W, 3] of 0 to 255, see `draw_map` for `pixels`."""
-    pixels = torch.as_tensor(pixels).cpu().permute(1, 2, 0).numpy()  # (H, W, 3)
-    if pixels.dtype == np.uint8:
-        return pixels.astype(np.float32)
-    return ((pixels * np.float32(STD) + np.float32(MEAN)) * 255).clip(0, 255)
+def draw_picture(pixels: torch.Tensor) -> Image.Image:
+    """The picture alone: uint8[3, H, W] -> RGB, W x H."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

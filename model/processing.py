@@ -20,7 +20,7 @@ from common.errors import BadSampleError
 from common.text import IMAGE_TAG
 from model.files import TOKENIZER_PATH
 from model.image import load_image
-from model.image_processor import picture_side, resize_picture
+from model.image_processor import picture_side, pixel_statistics, resize_picture
 from model.labels import IGNORE_INDEX, count_labels, find_labels
 from model.LMConfig import VLMConfig
 from model.tokenizer import load_tokenizer
@@ -208,6 +208,12 @@ class VLMProcessor:
         A quarter of the memory; `model.vision.normalize_pixels` does the rest.
         """
         return resize_picture(self.image_processor, load_image(image))
+
+    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What `preprocess` made its floats of: float[k, 3, H, W] -> uint8[k, 3, H, W]."""
+        mean, std = pixel_statistics(self.image_processor)
+        pixels = 255 * (pixel_values.float().cpu() * std + mean)
+        return pixels.round().clamp(0, 255).to(torch.uint8)
 
     def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""

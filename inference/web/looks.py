@@ -28,11 +28,13 @@ class Watched(NamedTuple):
 
     Args:
         looks: see inference/attention.py.
-        pixel_values: float[k, 3, H, W], the pictures as the model sees them.
+        pixel_values: float[k, 3, H, W] of the pictures.
+        pixels: uint8[k, 3, H, W], the pictures as the model sees them.
     """
 
     looks: Looks
     pixel_values: torch.Tensor
+    pixels: torch.Tensor
 
 
 @dataclass
@@ -90,7 +92,8 @@ def start_look(visit: Visit, number: int, place: int) -> Look:
 
         features = worker.see(vlm, pictures)
         pixel_values = vlm.processor.preprocess([picture.image for picture in pictures])
-        return Watched(watch_answer(vlm, turns, answer, features), pixel_values)
+        looks = watch_answer(vlm, turns, answer, features)
+        return Watched(looks, pixel_values, vlm.processor.denormalize(pixel_values))
 
     entry = visit.find_entry(number)
     return Look(number, place, worker.run(visit.conversation, entry, watch, visit.is_here))
@@ -121,7 +124,7 @@ def start_occlusion(visit: Visit, look: Look) -> None:
 
 def show_look(visit: Visit, look: Look) -> None:
     """Draw the maps of the chosen word, or how far they are."""
-    from inference.heat_map import draw_map, to_colors
+    from inference.heat_map import draw_map, draw_picture
 
     say = visit.say
     with st.container(key="look", border=True):
@@ -148,11 +151,11 @@ def show_look(visit: Visit, look: Look) -> None:
 
         # each picture and its maps, side by side
         falls = look.occluding.result if look.occluding else None
-        for image, pixels in enumerate(watched.pixel_values):
+        for image, pixels in enumerate(watched.pixels):
             with st.container(horizontal=True, gap="small", key=f"maps-{image}"):
                 attention = watched.looks.map(word, image, layer, head)
                 title = say("picture", number=image + 1)
-                show_map(title, say("seen"), Image.fromarray(to_colors(pixels).astype("uint8")))
+                show_map(title, say("seen"), draw_picture(pixels))
                 show_map(say("attention"), say("attention_help"), draw_map(pixels, attention))
                 if falls:
                     fall = draw_map(pixels, falls[image][word])

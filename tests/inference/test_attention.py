@@ -238,7 +238,7 @@ def test_an_answer_of_image_tokens_is_text(vlm, pixel_values):
 def test_a_map_is_bright_where_it_is_large():
     heat = np.zeros((2, 4), np.float32)
     heat[1, 2], heat[0, 0] = 0.5, -3  # below 0 counts as 0
-    gray = np.full((3, 48, 96), 128, np.uint8)
+    gray = torch.full((3, 48, 96), 128, dtype=torch.uint8)
     drawn = np.asarray(draw_map(gray, heat)).astype(int)
     assert drawn.shape == (48, 96, 3)
     bright = drawn[24:, 48:72]
@@ -249,7 +249,7 @@ def test_a_map_is_bright_where_it_is_large():
 
 
 def test_a_map_of_equal_numbers_has_no_bright_patch_and_a_scale_can_be_given():
-    gray = torch.zeros(3, 48, 48)  # normalized: the mean color
+    gray = torch.full((3, 48, 48), 128, dtype=torch.uint8)
 
     def brightest(heat: np.ndarray, top: float | None = None) -> int:
         return int(np.asarray(draw_map(gray, heat, top)).max())
@@ -267,7 +267,7 @@ def test_page_of_two_pictures_and_many_words(vlm, pixel_values, tmp_path, monkey
     # formulas, line breaks, and what no font has
     odd = ["$x_1$", "\n", "<b>", "\\frac", "W" * 100, *map(str, range(10))]
     maps = np.random.default_rng(0).random((len(odd), 1, SIDE, SIDE))
-    long = LookedAt("<image>\n$a$?", odd, pixel_values[:1], maps, 1e-7 * maps)
+    long = LookedAt("<image>\n$a$?", odd, looked.pixels[:1], maps, 1e-7 * maps)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_page(tmp_path / "new/out.png", [looked, long])
@@ -282,7 +282,8 @@ def test_a_system_without_chinese_fonts_gets_boxes_and_one_line(
     vlm, pixel_values, tmp_path, monkeypatch, capsys
 ):
     maps = np.ones((1, 1, SIDE, SIDE))
-    looked = LookedAt("<image>\n?", ["红色"], pixel_values[:1], maps, maps)
+    pixels = vlm.processor.denormalize(pixel_values[:1])
+    looked = LookedAt("<image>\n?", ["红色"], pixels, maps, maps)
     monkeypatch.setattr(attention_page, "CJK_FONTS", ("None Such",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -102,6 +102,7 @@ def test_features_and_pixels_are_those_of_transformers(folders, tokenizer, name)
     assert as_bytes.dtype == torch.uint8
     in_two_steps = normalize_pixels(as_bytes, *pixel_statistics(image_processor))
     torch.testing.assert_close(in_two_steps, pixel_values, atol=1e-5, rtol=0)
+    assert torch.equal(processor.denormalize(pixel_values), as_bytes), "and back"
     assert processor.preprocess([]).shape == (0, *pixel_values.shape[1:])
 
     # features, from them
