@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING
 
 from common.errors import BadSampleError, UserError, run_command
@@ -110,25 +110,24 @@ def find_examples(config: WebConfig, entry: "ModelEntry") -> "Iterator[Example]"
 
 def draw_examples(seed: int = 0) -> "Iterator[Example]":
     """Scenes that no training has met, with a question of each type in each language."""
-    from dataset.scenes.scene import draw_scene
+    from dataset.scenes.scene import Scene, draw_scene
     from dataset.scenes.text import LANGUAGES, PAIR_TYPES
     from dataset.scenes.write import EVAL_TYPES, eval_row
     from inference.web.conversation import Picture
     from inference.web.gallery import Example
 
-    for attempt in range(SCENES_TRIED):
-        for kind in (*EVAL_TYPES, *PAIR_TYPES):
-            pictures: dict[object, Picture] = {}
-            for language in LANGUAGES:
-                # the same scene in each language
-                rng = random.Random(f"{seed}-example-{attempt}-{kind}")
-                row, scenes = eval_row(rng, language, kind)
-                question, answer = (turn["content"] for turn in row["conversations"])
-                for scene in scenes:
-                    if scene not in pictures:
-                        pictures[scene] = Picture.open(f"{kind}.png", draw_scene(scene))
-                shown = tuple(pictures[scene] for scene in scenes)
-                yield Example(drop_tags(question), shown, answer, language, kind)
+    pictures: dict[Scene, Picture] = {}
+    kinds = (*EVAL_TYPES, *PAIR_TYPES)
+    for language, attempt, kind in product(LANGUAGES, range(SCENES_TRIED), kinds):
+        # the same scene in each language
+        rng = random.Random(f"{seed}-example-{attempt}-{kind}")
+        row, scenes = eval_row(rng, language, kind)
+        question, answer = (turn["content"] for turn in row["conversations"])
+        for scene in scenes:
+            if scene not in pictures:
+                pictures[scene] = Picture.open(f"{kind}.png", draw_scene(scene))
+        shown = tuple(pictures[scene] for scene in scenes)
+        yield Example(drop_tags(question), shown, answer, language, kind)
 
 
 def read_examples(config: WebConfig) -> "Iterator[Example]":

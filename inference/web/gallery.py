@@ -92,6 +92,8 @@ class Galleries:
         shelf = self.worker.shelf
         is_automatic = entry.path == shelf.default().path
         entry, _ = shelf.choose_for(len(example.pictures), None if is_automatic else entry)
+        if len(example.pictures) > 1 and entry.stage == "sft":
+            return False
         turn = self.worker.ask(
             Conversation(), entry, example.question, list(example.pictures), sampling, lambda: True
         )

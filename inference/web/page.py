@@ -21,11 +21,11 @@ from inference.web.conversation import MAX_PICTURES, Picture
 from inference.web.gallery import Example
 from inference.web.models import ModelEntry
 from inference.web.parts import (
-    forget_attached,
     show_cards,
     show_problem,
     show_style,
     show_text,
+    take_attached,
     watch_attached,
 )
 from inference.web.service import open_service
@@ -48,6 +48,7 @@ def show_page(
     st.set_page_config(page_title="MiniMind-V", page_icon="👁️", layout="centered")
     show_style()
     visit = Visit(open_service(config, find_examples))
+    visit.name_in_address()
 
     try:
         visit.choices = show_top(
@@ -59,33 +60,39 @@ def show_page(
     if visit.choices.entry.knows == "scenes":
         show_text(visit.say("knows_scenes"), "knows")
 
-    # The line to write in is below a conversation, which then scrolls to its end. What was sent
-    # adds to what is drawn above.
+    # The line to write in is below a conversation, which then scrolls to its end.
     if visit.conversation.turns:
-        body = st.container(key="body")
-        read_question(visit)
-        with body:
-            for number in range(len(visit.conversation.turns)):
-                show_turn(visit, number)
-            show_notice(visit)
+        for number in range(len(visit.conversation.turns)):
+            show_turn(visit, number)
+        show_notice(visit)
+        show_composer(visit)
     else:
         show_welcome(visit)
     visit.follow_to_the_end()
 
 
-def read_question(visit: Visit) -> None:
-    """The line to write in, and what was sent with it since the last run."""
-    attached = watch_attached("attached")
-    sent = st.chat_input(
+def show_composer(visit: Visit) -> None:
+    """The line to write in.
+
+    A question is taken in a callback: Streamlit may end a run at any call that draws, and what was
+    sent would be lost with it.
+    """
+    watch_attached("attached")
+    st.chat_input(
         visit.say("ask"),
         key="question",
         max_chars=MAX_QUESTION,
         accept_file="multiple",
         max_upload_size=MAX_UPLOAD_MB,
+        on_submit=send,
+        args=(visit,),
     )
-    if sent:
-        forget_attached("attached")
-        visit.ask(sent.text, *open_uploads(sent.files, attached))
+
+
+def send(visit: Visit) -> None:
+    """Ask what was written, with the pictures that came with it."""
+    sent = st.session_state["question"]
+    visit.ask(sent.text, *open_uploads(sent.files, take_attached("attached")))
 
 
 def open_uploads(files: list, attached: list[str]) -> tuple[list[Picture], list]:
@@ -110,7 +117,7 @@ def open_uploads(files: list, attached: list[str]) -> tuple[list[Picture], list]
 
 def show_notice(visit: Visit) -> None:
     """Why the last question was not sent, and the pictures that wait for the next one."""
-    if notice := visit.state.pop("notice", None):
+    if notice := visit.state.get("notice"):
         show_problem(notice.say(visit.language), "notice")
     if waiting := visit.state.get("waiting"):
         with st.container(horizontal=True):
@@ -122,21 +129,17 @@ def show_welcome(visit: Visit) -> None:
     """What a visitor sees first: the line to write in, and examples that are known to work."""
     with st.container(key="welcome"):
         st.subheader(visit.say("tagline"), anchor=False)
-        notices = st.container()
-        read_question(visit)
-        if visit.conversation.turns:
-            st.rerun()
-        with notices:
-            show_notice(visit)
+        show_notice(visit)
+        show_composer(visit)
 
     # the examples, as they are found out to be right
     gallery = visit.service.galleries.open(visit.choices.entry)
-    n_right, is_complete = len(gallery.right), gallery.is_complete
+    is_complete, examples = gallery.is_complete, gallery.choose(visit.language)
     with st.container(key="examples"):
-        if examples := gallery.choose(visit.language):
+        if examples:
             show_text(f"{visit.say('examples')} {visit.say('examples_checked')}", "checked")
             show_cards(examples, "gallery", visit.ask_example)
         elif not is_complete:
             show_text(visit.say("examples_tried"), "tried")
     if not is_complete:
-        visit.follow(lambda: len(gallery.right) == n_right and not gallery.is_complete)
+        visit.follow(lambda: gallery.choose(visit.language) == examples and not gallery.is_complete)

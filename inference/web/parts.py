@@ -73,23 +73,21 @@ def show_cards(examples: Sequence[Example], key: str, choose: Callable[[Example]
     cards(key=key, data={"cards": shown}, on_chosen_change=choose_one)
 
 
-def watch_attached(key: str) -> list[str]:
-    """Names of the files beside the question, also in the run in which it is sent."""
-    watch = mount("attached_files", "", "attached")
-    nothing = {"batch": 0, "names": []}
+def watch_attached(key: str) -> None:
+    """Notice which files are beside the question, see `take_attached`."""
     with st.container(key="watch"):
-        files = watch(key=key, default={"files": nothing}, on_files_change=lambda: None).files
-    files = files or nothing
-    # Those of a question that was sent are told a little longer than they are there.
-    is_sent = st.session_state.get(f"{key}_sent") == files["batch"]
-    return [] if is_sent else [str(name) for name in files["names"]]
+        watch = mount("attached_files", "", "attached")
+        watch(key=key, default={"files": None}, on_files_change=lambda: None)
 
 
-def forget_attached(key: str) -> None:
-    """The files that are there have been sent."""
+def take_attached(key: str) -> list[str]:
+    """Names of the files that were beside a question that is sent now; called once for each."""
     files = (st.session_state.get(key) or {}).get("files")
-    if files:
-        st.session_state[f"{key}_sent"] = files["batch"]
+    # The browser tells of them a little longer than they are there.
+    if not files or files["batch"] == st.session_state.get(f"{key}_taken"):
+        return []
+    st.session_state[f"{key}_taken"] = files["batch"]
+    return [str(name) for name in files["names"]]
 
 
 def mount(name: str, html: str, file: str):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import streamlit as st
 from streamlit.runtime import exists, get_instance
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.runtime.uploaded_file_manager import UploadedFileManager, UploadedFileRec
 
 from common.errors import UserError
 from inference.config import WebConfig
@@ -43,7 +45,7 @@ class Service:
 def _open_service(key: str, _config: WebConfig, _find_examples: Callable) -> Service:
     shelf = ModelShelf(_config)
     worker = Worker(shelf)
-    bound_uploads()
+    bound_uploads(get_script_run_ctx().uploaded_file_mgr)
     galleries = Galleries(worker, lambda entry: _find_examples(_config, entry))
     return Service(_config, shelf, worker, ConversationStore(), galleries)
 
@@ -67,21 +69,22 @@ def watch_visitor() -> Callable[[], bool]:
     return lambda: is_here(session_id)
 
 
-def bound_uploads() -> None:
-    """Refuse uploads beyond what memory is meant for; a single file is bound by Streamlit."""
-    if not exists():
+def bound_uploads(manager: UploadedFileManager) -> None:
+    """Refuse uploads beyond what memory is meant for; a single file is bound by Streamlit.
+
+    Args:
+        manager: what Streamlit keeps the files with that were added to questions and not sent yet.
+    """
+    if not isinstance(manager, MemoryUploadedFileManager):
         return
-    manager = get_instance()._uploaded_file_mgr
     add_file = manager.add_file
 
-    def add_if_room(session_id: str, file) -> None:
-        waiting = [len(own) for own in manager.file_storage.values()]
-        total = sum(
-            len(it.data) for own in list(manager.file_storage.values()) for it in own.values()
-        )
-        own = manager.file_storage.get(session_id, {})
-        if len(own) >= MOST_WAITING or total + len(file.data) > MOST_UPLOADED:
-            raise UserError(f"no room for another upload: {sum(waiting)} files wait")
+    def add_if_room(session_id: str, file: UploadedFileRec) -> None:
+        files = [list(own.values()) for own in list(manager.file_storage.values())]
+        n_bytes = sum(len(it.data) for own in files for it in own) + len(file.data)
+        n_own = len(manager.file_storage.get(session_id, ()))
+        if n_own >= MOST_WAITING or n_bytes > MOST_UPLOADED:
+            raise UserError(f"no room for another upload: {n_own} of this visitor wait")
         add_file(session_id, file)
 
     manager.add_file = add_if_room

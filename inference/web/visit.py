@@ -42,11 +42,18 @@ class Visit:
         self.service, self.language = service, find_language()
         self.is_here = watch_visitor()
         self._followed: list[Callable[[], bool]] = []
-        # The address names the conversation, so a reload finds it again.
-        self.key = self.state.get("c") or st.query_params.get("c")
+        # The address names the conversation, so a reload finds it again; "" is a new one.
+        self.key = self.state.get("c", st.query_params.get("c"))
         self.conversation = service.store.find(self.key)
         if self.conversation is None:
             self.key, self.conversation = None, self.state.setdefault("unsent", Conversation())
+
+    def name_in_address(self) -> None:
+        """Write the conversation's id into the address. Not in a callback, which this may end."""
+        if self.key and st.query_params.get("c") != self.key:
+            st.query_params["c"] = self.key
+        elif not self.key and "c" in st.query_params and "c" in self.state:
+            del st.query_params["c"]
 
     @property
     def state(self):
@@ -62,6 +69,7 @@ class Visit:
     def ask(self, question: str, pictures: list[Picture], refused: list = ()) -> None:
         """Send a question; what cannot be sent is told, and its pictures wait for the next one."""
         self.stop()
+        self.state.pop("notice", None)
         pictures = self.state.pop("waiting", []) + pictures
         n_pictures = len(self.conversation.pictures) + len(pictures)
         try:
@@ -80,7 +88,7 @@ class Visit:
         self.forget_look()
         self.stop_editing()
         self.key = self.service.store.keep(self.conversation, self.key)
-        self.state["c"] = st.query_params["c"] = self.key
+        self.state["c"] = self.key
 
     def ask_example(self, example: Example) -> None:
         """Ask what a card says."""
@@ -97,6 +105,7 @@ class Visit:
 
     def _ask_again(self, ask: Callable, number: int, *question: str) -> None:
         self.stop()
+        self.state.pop("notice", None)
         pictures = [it for turn in self.conversation.turns[: number + 1] for it in turn.pictures]
         entry, sampling = self.choose_entry(len(pictures)), self.choices.sampling
         try:
@@ -115,9 +124,9 @@ class Visit:
     def start_anew(self) -> None:
         """A conversation without turns; the old one stays at its address."""
         self.stop()
-        for name in ("c", "unsent", "waiting", "notice"):
+        for name in ("unsent", "waiting", "notice"):
             self.state.pop(name, None)
-        st.query_params.pop("c", None)
+        self.state["c"] = ""
         self.forget_look()
         self.stop_editing()
 

@@ -1,15 +1,13 @@
-"""The web page: it answers, and what people write stays text, also in a real browser."""
+"""The web page: it answers, says what is wrong in a line, and what people write stays text."""
 
-import http.server
 import importlib.util
 import io
 import os
-import shutil
 import signal
 import sys
-import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,10 +15,23 @@ from PIL import Image
 import web_demo_vlm
 from common.errors import UserError
 from inference.chat import MAX_QUESTION
+from inference.config import WebConfig
+from inference.web.conversation import Conversation, Picture, Turn
+from inference.web.gallery import Galleries
+from inference.web.store import ConversationStore
+from inference.web.words import say
 from model.weights import save_atomically, select_weights
-from tests.helpers import TOKENIZER, free_port, picture, run_cold, small_model, start_script
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+from tests.helpers import (
+    TOKENIZER,
+    assistant,
+    free_port,
+    picture,
+    run_cold,
+    small_model,
+    start_script,
+    user,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +44,39 @@ def flags(vision_dir, tmp_path_factory) -> list[str]:
     return [*parts, "--device", "cpu", "--max_new_tokens", "8"]
 
 
-def wait_for_page(port: int) -> None:
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("no answer from the page")
+def encode(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-def test_the_web_page_starts_and_listens_on_this_machine_only(flags):
+PNG = encode(picture())
+
+
+# Starting it.
+
+
+@pytest.mark.parametrize("host, is_local", [("localhost", True), ("0.0.0.0", False)])
+def test_the_web_page_listens_where_it_is_told_to(flags, host, is_local):
     port = free_port()
-    server = start_script("web_demo_vlm.py", "--port", port, *flags, start_new_session=True)
+    flags = [*flags, "--port", port, "--host", host]
+    server = start_script("web_demo_vlm.py", *flags, start_new_session=True)
     try:
-        wait_for_page(port)
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.2)
         listening = open("/proc/net/tcp").read().splitlines()[1:]
-        local = [line.split()[1].split(":") for line in listening]
+        local = [line.split()[1].split(":") for line in listening if line.split()[3] == "0A"]
         addresses = {address for address, its_port in local if its_port == f"{port:04X}"}
-        assert addresses <= {"0100007F"}, "listens beyond this machine"
+        assert addresses == {"0100007F" if is_local else "00000000"}
     finally:
         # Streamlit's own process is of the same group.
         os.killpg(server.pid, signal.SIGKILL)
-        server.wait(timeout=20)
+        printed, _ = server.communicate(timeout=20)
+    assert ("warning: --host 0.0.0.0: everybody" in printed) == (not is_local)
 
 
 def test_the_web_page_needs_streamlit(flags, monkeypatch):
@@ -66,77 +87,114 @@ def test_the_web_page_needs_streamlit(flags, monkeypatch):
         web_demo_vlm.main()
 
 
-def open_page(*flags: str):
-    """The page in Streamlit's own test, without a browser."""
+# What it shows, in Streamlit's own test, without a browser.
+
+
+def open_page(*flags: str, **query: str):
     from streamlit.testing.v1 import AppTest
 
     argv = ["web_demo_vlm.py", *flags]
     program = f"import sys\nsys.argv = {argv!r}\nimport web_demo_vlm\nweb_demo_vlm.main()\n"
-    return AppTest.from_string(program, default_timeout=60).run()
+    page = AppTest.from_string(program, default_timeout=60)
+    for name, value in query.items():
+        page.query_params[name] = value
+    return page.run()
+
+
+def ask(page, question: str, *files: tuple[str, bytes]):
+    for name, content in files:
+        page.chat_input[0].upload(name, content, "image/png")
+    return page.chat_input[0].set_value(question).run()
+
+
+def button(page, label: str):
+    return next(button for button in page.button if button.label == label)
 
 
 def texts(page) -> list[str]:
     return [element.value for element in page.text]
 
 
-def test_the_web_page_answers_and_shows_errors(flags):
+def test_it_answers_and_keeps_what_was_said(flags):
     page = open_page(*flags)
-    assert not page.exception and page.title[0].value == "MiniMind-V"
-    assert page.sidebar.slider[2].value == 8, "sliders begin with what the flags say"
-    page.sidebar.slider[2].set_value(24).run()
-    page.chat_input[0].set_value("What color?").run()
+    assert not page.exception and page.slider(key="max_new_tokens").value == 8
+    ask(page, "What color?", ("a.png", PNG))
+    ask(page, "And now?")
     assert not page.exception
-    assert [message.name for message in page.chat_message] == ["user", "assistant"]
-    page.chat_input[0].set_value("And now?").run()
-    roles = [message.name for message in page.chat_message]
-    assert roles == ["user", "assistant"] * 2, "the conversation goes on"
-    assert "no weights at" in texts(open_page(*flags, "--dim", "128"))[0]
+    shown = texts(page)
+    assert "What color?" in shown and "And now?" in shown
+    assert len([text for text in shown if "tokens/s" in text]) == 2
+    # the picture stands in the question it came with
+    assert len(page.get("image")) == 1
+
+    # a reload finds it again, another visitor does not
+    id = page.query_params["c"]
+    again = open_page(*flags, c=id if isinstance(id, str) else id[0])
+    assert "And now?" in texts(again)
+    assert "And now?" not in texts(open_page(*flags))
+
+
+def test_regenerate_edit_and_a_new_chat(flags):
+    page = ask(open_page(*flags), "First?", ("a.png", PNG))
+    ask(page, "Second?")
+    button(page, "Regenerate").click().run()
+    assert [text for text in texts(page) if text.endswith("?")] == ["First?", "Second?"]
+    # an edited question takes the place of the old one, and what followed goes
+    button(page, "Edit").click().run()
+    page.text_area[0].set_value("Other?")
+    button(page, "Ask again").click().run()
+    assert not page.exception
+    assert [text for text in texts(page) if text.endswith("?")] == ["Other?"]
+    assert len(page.get("image")) == 1
+    button(page, "New chat").click().run()
+    assert "Other?" not in texts(page) and "c" not in page.query_params
+
+
+def test_what_is_wrong_stands_where_it_was_sent(flags):
+    page = ask(open_page(*flags), "What?")
+    assert say("no_picture") in texts(page)
+    # an empty question is not sent, and its picture waits for the next one
+    ask(page, "  ", ("a.png", PNG))
+    assert texts(page)[-1] == say("blank") and len(page.get("image")) == 1
+    ask(page, "What?", ("broken.png", b"nothing"))
+    assert f"broken.png: {say('image damaged')}" in texts(page)
+    assert any("tokens/s" in text for text in texts(page))
+    ask(page, "a" * MAX_QUESTION)
+    assert say("question_too_long") in texts(page)
+    ask(page, "Still here?")
+    assert not page.exception and len([text for text in texts(page) if "tokens/s" in text]) == 2
+    assert any("gone.pth" in text for text in texts(open_page(*flags, "--weights", "gone.pth")))
+
+
+def test_only_so_many_pictures_are_used(flags):
+    files = [(f"{number}.png", PNG) for number in range(9)]
+    page = ask(open_page(*flags, "--max_seq_len", "1024"), "What?", *files)
+    assert f"8.png: {say('first_pictures', most=8)}" in texts(page)
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_it_speaks_other_languages(flags, language):
+    page = open_page(*flags, lang=language)
+    assert page.subheader[0].value == say("tagline", language)
+    ask(page, "What?")
+    assert say("no_picture", language) in texts(page)
 
 
 MARKUP = "![x](http://127.0.0.1:9/leak) [y](http://a.b) **z** $x^2$ :red[q] :smile: <b>w</b>\n红"
 
 
 def test_no_markdown_is_given_what_people_write(flags):
-    """A question, a file's name, what is wrong with a file, too long a question."""
+    """A question, a file's name, what is wrong with a file; the answer, as a component's data."""
     page = open_page(*flags)
     names = [f"{MARKUP}.png", f"{MARKUP} broken.png"]
-    file = io.BytesIO()
-    picture().save(file, "PNG")
-    uploads = [(names[0], file.getvalue(), "image/png"), (names[1], b"nothing", "image/png")]
-    page.file_uploader[0].set_value(uploads).run()
-    page.chat_input[0].set_value(MARKUP).run()
-    page.chat_input[0].set_value(MARKUP + "a" * MAX_QUESTION).run()
+    ask(page, MARKUP, (names[0], PNG), (names[1], b"nothing"))
+    button(page, "Edit").click().run()
+    ask(page, MARKUP + "a" * MAX_QUESTION)
     assert not page.exception
-    shown = texts(page)
-    assert MARKUP in shown and names[0] in shown
-    assert any(text.startswith(f"⚠️ {names[1]}: image damaged") for text in shown)
-    assert shown[-2] == (MARKUP + "a" * MAX_QUESTION)[:MAX_QUESTION]
-    assert shown[-1].startswith("⚠️ the conversation has ")
-    elements = [element for part in (page.main, page.sidebar) for element in part]
-    theirs = [element.type for element in elements if "leak" in str(element.proto)]
-    assert theirs == ["text"] * 4, "all others read Markdown"
-
-
-def test_only_the_first_pictures_are_used_and_one_taken_away_begins_anew(flags):
-    file = io.BytesIO()
-    picture().save(file, "PNG")
-    uploads = [(f"{number}.png", file.getvalue(), "image/png") for number in range(9)]
-    page = open_page(*flags)
-    page.file_uploader[0].set_value(uploads).run()
-    shown = texts(page)
-    assert shown == ["⚠️ 9 pictures: only the first 8 are used.", *(f"{n}.png" for n in range(8))]
-    page.chat_input[0].set_value("What?").run()
-    assert len(page.chat_message) == 2 and len(page.session_state.opened) == 8
-    page.file_uploader[0].set_value(uploads[:1]).run()
-    assert "starts anew" in page.info[0].value and not page.chat_message
-    assert len(page.session_state.opened) == 1
-
-
-def big_png(side: int) -> bytes:
-    """A small file of many pixels."""
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), "red").save(file, "PNG")
-    return file.getvalue()
+    assert texts(page).count(f"{names[1][:200]}: {say('image damaged')}") == 1
+    elements = list(page.main)
+    theirs = {element.type for element in elements if "leak" in str(element.proto)}
+    assert theirs <= {"text", "text_area"}, "all others read Markdown"
 
 
 def test_large_pictures_are_decoded_once_and_kept_small(flags, tmp_path):
@@ -144,110 +202,95 @@ def test_large_pictures_are_decoded_once_and_kept_small(flags, tmp_path):
 
     One of them takes 144 MB while it is decoded.
     """
-    (tmp_path / "big.png").write_bytes(big_png(6000))
+    Image.new("RGB", (6000, 6000), "red").save(tmp_path / "big.png")
     program = f"""
-import resource, sys
-from tests.inference.test_web_page import open_page
-import model.image, inference.web_page
-opened, load_image = [], inference.web_page.load_image
-inference.web_page.load_image = lambda *a, **k: opened.append(1) or load_image(*a, **k)
+import resource
+import inference.web.conversation as conversation
+from tests.inference.test_web_page import ask, open_page
+opened, load_image = [], conversation.load_image
+conversation.load_image = lambda *a, **k: opened.append(len(a)) or load_image(*a, **k)
 page = open_page(*{flags!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 content = open({str(tmp_path / "big.png")!r}, "rb").read()
-page.file_uploader[0].set_value([(f"{{n}}.png", content, "image/png") for n in range(2)]).run()
-page.chat_input[0].set_value("What?").run()
-page.chat_input[0].set_value("And?").run()
+ask(page, "What?", ("a.png", content), ("b.png", content))
+ask(page, "And?")
 assert not page.exception, page.exception
-assert len(page.chat_message) == 4
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(len(opened), (peak - before) // 1024)
+print(opened.count(2), (peak - before) // 1024)
 """
     finished = run_cold("-c", program)
     n_opened, grown = map(int, finished.stdout.splitlines()[-1].split())
     assert n_opened == 2 and grown < 350
 
 
-@pytest.fixture
-def listener():
-    """(port, paths): a server on this machine that notes what it is asked for."""
-    paths = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            paths.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port, paths
-    server.shutdown()
-    server.server_close()
+# Examples and conversations.
 
 
-# The page of a model that answers with the question itself.
-ECHO_PAGE = """
-import sys
-from inference.chat import Chat
+def test_only_examples_that_are_answered_right_are_shown(tmp_path):
+    """A model that always says the same, and rows of which one has that as its answer."""
+    images = tmp_path / "images"
+    images.mkdir()
+    picture().save(images / "a.png")
+    turns = [
+        ("<image>\nWhat color?", "Red."),
+        ("<image>\nWhat shape?", "A star."),
+        ("<image>\nIs it red or blue?", "red"),
+    ]
+    rows = [{"image": "a.png", "conversations": [user(q), assistant(a)]} for q, a in turns]
+    rows += [{"image": "gone.png", "conversations": rows[0]["conversations"]}, {"text": "no row"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = WebConfig(examples=[str(path)], examples_images=[str(images)])
+    entry = SimpleNamespace(path="m.pth", stage="sft", knows=None)
+    shelf = SimpleNamespace(default=lambda: entry, choose_for=lambda n, chosen: (entry, None))
 
-def echo(self, prompt, images=(), **sampling):
-    self.turns += [{"role": role, "content": prompt} for role in ("user", "assistant")]
-    for start in range(0, len(prompt), 7):
-        yield prompt[start : start + 7]
+    class Worker:
+        def ask(self, conversation, entry, question, pictures, sampling, is_wanted):
+            assert sampling["temperature"] == 0 and len(pictures) == 1
+            turn = Turn(question, pictures)
+            turn.change(answer="red", state="done")
+            return turn
 
-Chat.ask = echo
-import web_demo_vlm
-web_demo_vlm.main()
-"""
-
-
-@pytest.fixture
-def echo_page(flags, tmp_path):
-    """Address of a real Streamlit process that shows ECHO_PAGE."""
-    (tmp_path / "echo_page.py").write_text(ECHO_PAGE)
-    port = free_port()
-    options = ["--server.headless=true", f"--server.port={port}", "--server.address=localhost"]
-    command = ["-m", "streamlit", "run", *options, "--browser.gatherUsageStats=false"]
-    server = start_script(*command, tmp_path / "echo_page.py", "--", *flags)
-    wait_for_page(port)
-    yield f"http://localhost:{port}"
-    server.kill()
-    server.wait(timeout=20)
+    worker = Worker()
+    worker.shelf = shelf
+    gallery = Galleries(worker, lambda entry: web_demo_vlm.find_examples(config, entry)).open(entry)
+    for _ in range(500):
+        if gallery.is_complete:
+            break
+        time.sleep(0.02)
+    assert [example.question for example in gallery.choose("en")] == [
+        "What color?",
+        "Is it red or blue?",
+    ]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_a_browser_fetches_nothing_that_people_write(echo_page, listener):
-    """A picture in Markdown, in a question, its answer and the name of a file."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    port, paths = listener
-    question = f"![x](http://127.0.0.1:{port}/leak) **bold** $x^2$ :red[a] :smile:"
-    # A name cannot have a slash, but Markdown reads this one as the same address.
-    name = f"![x](http:&#47;&#47;127.0.0.1:{port}&#47;name).png"
-    file = io.BytesIO()
-    picture().save(file, "PNG")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.set_default_timeout(180_000)  # ms; a busy machine is slow
-        page.goto(echo_page)
-        upload = {"name": name, "mimeType": "image/png", "buffer": file.getvalue()}
-        page.locator("input[type=file]").first.set_input_files([upload])
-        page.get_by_test_id("stText").get_by_text(name, exact=True).wait_for()
-        # the second question draws the first and its answer again
-        for text in (question, "Again?\n红色的圆形"):
-            page.get_by_test_id("stChatInputTextArea").fill(text)
-            page.keyboard.press("Enter")
-            page.get_by_test_id("stChatMessage").get_by_text(text, exact=True).nth(1).wait_for()
-        messages = page.get_by_test_id("stChatMessage")
-        assert messages.get_by_text(question, exact=True).count() == 2
-        assert messages.locator("a, strong, img, .katex").count() == 0
-        # the listener would have heard of a picture: it hears of this one
-        page.evaluate(f"new Image().src = 'http://127.0.0.1:{port}/heard'")
-        for _ in range(100):
-            if paths:
-                break
-            page.wait_for_timeout(100)
-        assert paths == ["/heard"]
-        browser.close()
+def test_the_demos_examples_are_held_out_scenes():
+    examples = list(web_demo_vlm.draw_examples())
+    assert {example.language for example in examples} == {"en", "zh"}
+    assert all("<image>" not in example.question for example in examples)
+    entry = SimpleNamespace(knows=None)
+    assert list(web_demo_vlm.find_examples(WebConfig(), entry)) == [], "a model of photographs"
+
+
+def test_conversations_are_forgotten_the_oldest_first():
+    store = ConversationStore(most=2)
+    first, second = (store.keep(Conversation()) for _ in range(2))
+    assert store.find(first) is not None, "looked at last"
+    busy = Conversation()
+    busy.turns.append(Turn("?"))
+    third = store.keep(busy)
+    assert store.find(second) is None and store.find(first) is not None
+    store.keep(Conversation())
+    assert store.find(first) is None and store.find(third) is busy, "one that is being answered"
+
+    # pictures count by their bytes
+    large = Conversation()
+    large.turns.append(Turn("?", [Picture("a", bytes(900), b"")]))
+    large.turns[0].stop()
+    store = ConversationStore(most_bytes=1000)
+    old = store.keep(large)
+    store.keep(Conversation())
+    assert store.find(old) is large
+    other = Conversation()
+    other.turns.append(Turn("?", [Picture("b", bytes(900), b"")]))
+    store.keep(other)
+    assert store.find(old) is None and len(store) == 1

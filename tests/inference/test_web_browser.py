@@ -1,0 +1,328 @@
+"""The web page in a real browser: what people do with it, and what they write stays text."""
+
+import http.server
+import io
+import random
+import shutil
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from dataset.scenes.scene import Scene, Thing, draw_scene
+from inference.chat import MAX_QUESTION
+from tests.helpers import ROOT, free_port, picture, start_script
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+PATIENCE = 90_000  # ms; a busy machine is slow
+
+# The page, but a question that begins with "echo" is answered with itself, a character at a time.
+PAGE = """
+import sys, time
+from inference.web.worker import Worker
+
+if not hasattr(Worker, "usual_answer"):
+    Worker.usual_answer = Worker._answer
+
+    def answer(self, vlm, turn, turns, pictures):
+        if not turn.question.startswith("echo"):
+            return self.usual_answer(vlm, turn, turns, pictures)
+        for end in range(1, len(turn.question) + 1):
+            turn.change(answer=turn.question[:end], n_tokens=end)
+            time.sleep(0.02)
+            self._check()
+        turn.change(state="done")
+
+    Worker._answer = answer
+
+import web_demo_vlm
+web_demo_vlm.main()
+"""
+# An answer that takes minutes.
+LONG = "echo " + "and so on " * 1500
+
+
+def draw(color: str, shape: str, *others: tuple[str, str]) -> bytes:
+    """A PNG with one or several medium things."""
+    places = [(60, 60), (160, 60), (60, 160), (160, 160)]
+    things = tuple(
+        Thing(*which, "medium", *place) for which, place in zip([(color, shape), *others], places)
+    )
+    return encode(draw_scene(Scene(things, (250, 250, 250), jitter=0)))
+
+
+def encode(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Of PAGE with the demo's model, as a user starts it."""
+    script = tmp_path_factory.mktemp("page") / "page.py"
+    script.write_text(PAGE)
+    port = free_port()
+    options = ["--server.headless=true", f"--server.port={port}", "--server.address=localhost"]
+    options += ["--server.maxUploadSize=20", "--client.toolbarMode=minimal"]
+    options += ["--browser.gatherUsageStats=false", "--server.fileWatcherType=none"]
+    flags = ["--weights", ROOT / "model/demo/sft_vlm_128.pth", "--device", "cpu"]
+    server = start_script("-m", "streamlit", "run", *options, script, "--", *flags)
+    wait_for_page(port)
+    yield f"http://localhost:{port}"
+    server.kill()
+    server.wait(timeout=20)
+
+
+def wait_for_page(port: int) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail("no answer from the page")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visitor(browser, address: str, **options):
+    """A page of a visitor of its own."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.goto(address)
+    page.get_by_test_id("stChatInputTextArea").wait_for()
+    yield page
+    context.close()
+
+
+def attach(page, *files: tuple[str, bytes]) -> None:
+    """Add files to the next question, and wait until they are there."""
+    uploads = [{"name": name, "mimeType": "", "buffer": content} for name, content in files]
+    page.locator("[data-testid=stChatInput] input[type=file]").first.set_input_files(uploads)
+    page.get_by_test_id("stFileChip").nth(len(files) - 1).wait_for()
+    page.wait_for_timeout(300)
+
+
+def ask(page, question: str) -> None:
+    page.get_by_test_id("stChatInputTextArea").fill(question)
+    page.get_by_test_id("stChatInputSubmitButton").click()
+
+
+def answers(page):
+    """The answers that are complete."""
+    return page.locator(".answer")
+
+
+def wait_for_answer(page, text: str) -> None:
+    answers(page).get_by_text(text, exact=True).last.wait_for()
+
+
+def test_a_conversation(address, browser):
+    """Upload, question, answer, a word's map, stop, a second picture, a reload."""
+    with visitor(browser, address) as page:
+        # a picture and a question
+        attach(page, ("circle.png", draw("red", "circle")))
+        ask(page, "What color is the circle?")
+        answers(page).filter(has_text="The circle is red.").wait_for()
+        assert page.get_by_text("tokens/s").count() == 1
+        assert page.get_by_text("knows drawn shapes only").is_visible()
+
+        # a word
+        answers(page).locator("span", has_text="red").click()
+        page.get_by_text("Where the model looked for “red”").wait_for()
+        maps = page.locator("[class*=st-key-maps-] img")
+        maps.nth(1).wait_for()
+        page.get_by_text("Grey out each patch").click()
+        maps.nth(2).wait_for()
+
+        # an answer that is stopped stays, as far as it was
+        ask(page, LONG)
+        page.get_by_text("echo and so on").nth(1).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("stopped").wait_for()
+        assert "echo and" in answers(page).nth(1).text_content()
+
+        # a question in the middle of an answer ends that one
+        ask(page, LONG)
+        page.get_by_text("echo and so on").nth(3).wait_for()
+        attach(page, ("two.png", draw("blue", "star", ("green", "heart"))))
+        ask(page, "What color is the star?")
+        answers(page).nth(3).wait_for()
+        assert page.locator("[class*=st-key-bubble-]").count() == 4
+        assert page.locator("[class*=st-key-bubble-3] img").count() == 1
+
+        # all of it is there after a reload
+        page.reload()
+        answers(page).nth(3).wait_for()
+        assert page.locator("[class*=st-key-bubble-] img").count() == 2
+
+
+def test_examples_are_answered_as_they_say(address, browser):
+    with visitor(browser, address) as page:
+        page.locator(".gallery button").first.click()
+        answers(page).wait_for()
+        assert answers(page).text_content().startswith("The ")
+        page.get_by_role("button", name="New chat").click()
+        page.locator(".gallery button").first.wait_for()
+        assert "c=" not in page.url
+
+
+def test_visitors_have_their_own_conversations(address, browser):
+    """All of them ask at once, and each gets the answer about their own picture."""
+    rng, colors = random.Random(0), ("red", "yellow", "green", "blue")
+    colors = [rng.choice(colors) for _ in range(6)]
+    contexts = [visitor(browser, address) for _ in colors]
+    pages = [context.__enter__() for context in contexts]
+    for page, color in zip(pages, colors):
+        attach(page, ("mine.png", draw(color, "circle")))
+        page.get_by_test_id("stChatInputTextArea").fill("What color is the circle?")
+    for page in pages:
+        page.keyboard.press("Enter")
+    for page, color in zip(pages, colors):
+        answers(page).wait_for()
+        assert answers(page).text_content() == f"The circle is {color}."
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def test_who_leaves_frees_the_model(address, browser):
+    with visitor(browser, address) as first, visitor(browser, address) as second:
+        for page in (first, second):
+            attach(page, ("circle.png", draw("red", "circle")))
+        ask(first, LONG)
+        first.get_by_text("echo and so on").nth(1).wait_for()
+        ask(second, "What color is the circle?")
+        second.get_by_text("1 before you").wait_for()
+        first.context.close()
+        wait_for_answer(second, "The circle is red.")
+
+
+BROKEN = {
+    "notes.png": (b"nothing", "damaged"),
+    "cut.png": (draw("red", "circle")[:700], "damaged"),
+    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG cannot be read here"),
+    "photo.HEIC": (b"\0\0\0\x18ftypheic" + bytes(90), "HEIC cannot be read here"),
+}
+
+
+def test_what_cannot_be_used_is_said_where_it_was_sent(address, browser, tmp_path):
+    with visitor(browser, address) as page:
+        # nothing, and files that are none
+        ask(page, "What color is the circle?")
+        page.get_by_text("Add a picture first").wait_for()
+        attach(page, *((name, content) for name, (content, _) in BROKEN.items()))
+        ask(page, "What color is the circle?")
+        for name, (_, reason) in BROKEN.items():
+            line = page.locator("[class*=st-key-problem]").get_by_text(name)
+            line.wait_for()
+            assert reason in line.text_content()
+        assert page.get_by_text("Add a picture first").count() == 2
+
+        # more pixels than memory, more bytes than an upload may have
+        huge, large = tmp_path / "huge.png", tmp_path / "large.png"
+        Image.new("1", (20_000, 20_000)).save(huge)
+        large.write_bytes(bytes(100 * 2**20))
+        chooser = page.locator("[data-testid=stChatInput] input[type=file]").first
+        chooser.set_input_files([huge, large])
+        page.get_by_text("must be 20.0MB or smaller").wait_for()
+        ask(page, "What color is the circle?")
+        page.get_by_text("huge.png: it is too large").wait_for()
+        page.get_by_text("large.png: it did not arrive").wait_for()
+
+        # blanks, and more than the model can read
+        attach(page, ("circle.png", draw("red", "circle")))
+        ask(page, "   ")
+        page.get_by_text("Type a question first").wait_for()
+        ask(page, "What? " * (MAX_QUESTION // 6))
+        page.get_by_text("too long").wait_for()
+
+        # the session goes on; the picture of the blank question has waited
+        ask(page, "What color is the circle?")
+        wait_for_answer(page, "The circle is red.")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_phone_shows_all_of_it(address, browser, dark):
+    scheme = "dark" if dark else "light"
+    size = {"width": 390, "height": 844}
+    with visitor(browser, address, viewport=size, color_scheme=scheme) as page:
+        assert page.get_by_test_id("stChatInputFileUploadButton").is_visible()
+        assert page.get_by_text("Deploy").count() == 0
+        attach(page, ("circle.png", draw("red", "circle")))
+        ask(page, "What color is the circle?")
+        wait_for_answer(page, "The circle is red.")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        box = page.get_by_test_id("stChatInput").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+@pytest.mark.parametrize("locale, word", [("zh-CN", "设置"), ("ja-JP", "設定")])
+def test_the_page_speaks_the_language_of_the_browser(address, browser, locale, word):
+    with visitor(browser, address, locale=locale) as page:
+        page.get_by_role("button", name=word).wait_for()
+
+
+@pytest.fixture
+def listener():
+    """(port, paths): a server on this machine that notes what it is asked for."""
+    paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, paths
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_browser_fetches_nothing_that_people_write(address, browser, listener):
+    """A picture in Markdown and in HTML: in a question, its answer, the name of a file."""
+    port, paths = listener
+    link = f"http://127.0.0.1:{port}"
+    question = (
+        f"echo ![x]({link}/leak) **bold** $x^2$ :red[a] :smile: <img src={link}/img> <b>b</b>"
+    )
+    # A name cannot have a slash, but Markdown reads this one as the same address.
+    name = f"![x](http:&#47;&#47;127.0.0.1:{port}&#47;name)"
+    with visitor(browser, address) as page:
+        attach(page, (f"{name}.png", encode(picture())), (f"{name} broken.png", b"nothing"))
+        ask(page, question)
+        wait_for_text = page.locator(".answer").filter(has_text="<b>b</b>")
+        wait_for_text.wait_for()
+        # the second question draws the first and its answer again
+        ask(page, "echo again?\n红色的圆形")
+        page.locator(".answer").nth(1).wait_for()
+        assert page.locator(".answer").first.text_content() == question
+        page.locator(".answer span", has_text="bold").click()
+        page.get_by_text("Where the model looked for “bold").wait_for()
+        body = page.get_by_test_id("stMain")
+        assert body.locator("a, strong:has-text('bold'), .katex, b").count() == 0
+        assert page.locator("[class*=st-key-problem]").get_by_text(name).count() == 1
+        # the listener would have heard of a picture: it hears of this one
+        page.evaluate(f"new Image().src = '{link}/heard'")
+        for _ in range(100):
+            if paths:
+                break
+            page.wait_for_timeout(100)
+        assert paths == ["/heard"]
