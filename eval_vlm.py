@@ -208,7 +208,7 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
     """Print how well rows with known answers are answered."""
     from inference.evaluate import Evaluation
     from inference.metrics import check_package
-    from inference.questions import NO_TYPE, choose_requests
+    from inference.questions import NO_TYPE, choose_requests, count_unmoved
     from inference.report import find_captions, make_reports, print_reports, save_answers
     from inference.report_page import save_reports
 
@@ -232,17 +232,22 @@ def measure(config: EvalConfig, vlm: VLM) -> None:
             for question in evaluation.answer(questions, images):
                 save_answer(question, images)
             questions = [question for question in questions if images in question.given]
+        for images in config.shown:
+            if config.metrics or images == "right":
+                evaluation.measure_loss(questions, images)
+                questions = [question for question in questions if images in question.loss]
+
+        # say what was not as it should be
         if evaluation.left_out.reasons:
             print(f"not asked: {evaluation.left_out}")
         if evaluation.untyped.reasons:
             print(f"of type {NO_TYPE}: {evaluation.untyped}")
         if not questions:
             raise UserError(f"no question of {' '.join(config.data)} could be asked")
+        if "wrong" in config.shown and (n_unmoved := count_unmoved(questions)):
+            print(f"wrong image: {n_unmoved} questions got their own, since there is no other")
 
         # score
-        for images in config.shown:
-            if config.metrics or images == "right":
-                evaluation.measure_loss(questions, images)
         reports = make_reports(questions, config.shown, config.metrics)
         print_reports(reports)
 

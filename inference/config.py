@@ -177,20 +177,20 @@ class EvalConfig(AskConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # flags that would have no effect
         if self.metrics and not self.data:
             raise UserError("--metrics measures answers to --data: pass --data, or leave it out")
-        if self.attention is not None:
-            self._check_attention(Path(self.attention))
-
-    def _check_attention(self, path: Path) -> None:
-        """UserError for a file that cannot be written, or where nothing is asked."""
-        if self.data or self.chat:
+        if self.data and self.chat:
+            raise UserError("--data measures answers and --chat asks for questions: leave one out")
+        if self.attention is not None and (self.data or self.chat):
             other = "--data" if self.data else "--chat"
             raise UserError(f"--attention draws answers about --image: leave it or {other} out")
-        if path.suffix.lower() != ".png":
-            raise UserError(f"--attention is {path}: it draws a .png, so name it NAME.png")
-        if path.is_dir():
-            raise UserError(f"--attention is {path}, which is a folder: name a file")
+
+        # files that are written when all the work is done
+        if self.attention is not None:
+            check_output("attention", self.attention, ".png", self.image)
+        if self.save_report:
+            check_output("save_report", self.save_report, ".json", self.data)
 
     @property
     def shown(self) -> list[str]:
@@ -204,6 +204,24 @@ class EvalConfig(AskConfig):
         default = 0.0 if self.data else AskConfig.temperature
         given = self.temperature
         return super().sampling | {"temperature": default if given is None else given}
+
+
+def check_output(flag: str, name: str, suffix: str, inputs: list[str]) -> None:
+    """UserError where a file cannot be written, or would take the place of one that is read.
+
+    Args:
+        flag: that names the file.
+        name: of the file.
+        suffix: of what is written.
+        inputs: the files that are read.
+    """
+    path = Path(name)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"--{flag} is {name}: it becomes a {suffix} file, so name it NAME{suffix}")
+    if path.is_dir():
+        raise UserError(f"--{flag} is {name}, which is a folder: name a file")
+    if path.resolve() in (Path(file).resolve() for file in inputs):
+        raise UserError(f"--{flag} is {name}, which is read too: give it another name")
 
 
 @dataclass(frozen=True)

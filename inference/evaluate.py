@@ -13,7 +13,14 @@ from common.errors import BadSampleError
 from common.files import hash_bytes, read_image_bytes
 from inference.generate import prefill
 from inference.load import VLM
-from inference.questions import Question, Reasons, choose_images, choose_requests, collect_questions
+from inference.questions import (
+    Question,
+    Reasons,
+    choose_images,
+    choose_requests,
+    collect_questions,
+    name_choice,
+)
 from model.labels import IGNORE_INDEX
 from model.model_lm import KVCache
 
@@ -131,7 +138,7 @@ class Evaluation:
         # The same answers again, also where tokens are drawn.
         torch.manual_seed(0)
         batches = make_batches(asked, self.batch_size, self.vlm.model.config.max_seq_len)
-        for batch in show_progress(batches, f"answer, {images} image", "question"):
+        for batch in show_progress(batches, f"answer, {name_choice(images)}", "question"):
             readable, keys = self._open_batch(batch)
             for one, text in zip(readable, self._generate(readable, keys)):
                 one.question.given[images], one.question.shown[images] = text, one.row
@@ -202,7 +209,7 @@ class Evaluation:
             n_label = min(n_right + 1, most - n_prompt)
             asked.append(Asked(question, question.shown[images], n_prompt, n_label))
         batches = make_batches(asked, self.batch_size, most)
-        for batch in show_progress(batches, f"loss, {images} image", "question"):
+        for batch in show_progress(batches, f"loss, {name_choice(images)}", "question"):
             readable, keys = self._open_batch(batch)
             for one, loss in zip(readable, self._sum_losses(readable, keys)):
                 one.question.loss[images] = loss

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import BadSampleError, list_reasons
+from common.errors import BadSampleError, UserError, list_reasons
 from common.files import hash_bytes
 from common.text import IMAGE_TAG, simplify_answer
 from inference.metrics import name_language
@@ -178,9 +178,14 @@ def choose_requests(prompt: str | None, question: str | None) -> dict[str, str]:
     Args:
         prompt: the user's, for every language; None or "" if not given.
         question: that the model was trained on; it comes before that of REQUESTS in its language.
+
+    UserError for a prompt without a word.
     """
     if prompt:
-        return dict.fromkeys(REQUESTS, prompt.replace(IMAGE_TAG, "").strip())
+        request = prompt.replace(IMAGE_TAG, "").strip()
+        if not request:
+            raise UserError(f"--prompt is {prompt!r}: type a question, or leave it out")
+        return dict.fromkeys(REQUESTS, request)
     return REQUESTS | ({name_language("", [question]): question} if question else {})
 
 
@@ -227,6 +232,21 @@ def choose_images(questions: list[Question], images: str, seed: int = 0) -> list
     if images == "wrong":
         chosen = shuffle_images([question.images for question in questions], seed)
     return [questions[index].row for index in chosen]
+
+
+def name_choice(images: str) -> str:
+    """ "right image", "wrong image" or "no image"."""
+    return f"{'no' if images == 'none' else images} image"
+
+
+def count_unmoved(questions: list[Question]) -> int:
+    """How many questions got their own pictures as the wrong ones, since there are no others."""
+    # the last question of a row comes with all its pictures
+    of_row = {question.row: question.images for question in questions}
+    return sum(
+        of_row.get(question.shown["wrong"], ())[: len(question.images)] == question.images != ()
+        for question in questions
+    )
 
 
 def shuffle_images(images: list[tuple[str, ...]], seed: int) -> list[int]:

@@ -30,7 +30,7 @@ from inference.metrics import (
     score_texts,
     tokenize,
 )
-from inference.questions import NO_TYPE, OVERALL, Question, measure_accuracy
+from inference.questions import NO_TYPE, OVERALL, Question, measure_accuracy, name_choice
 
 # Lines of accuracy that are printed: all of them, but for sets that have a type for each row.
 MAX_TYPES = 30
@@ -114,12 +114,14 @@ def collect_statistics(questions: list[Question], images: str) -> np.ndarray:
 def measure_scores(questions: list[Question], statistics: np.ndarray) -> dict[str, dict]:
     """The scores of each type of question as {"value", "low", "high"}, see `resample`.
 
-    Those that cannot be computed are left out.
+    Those that cannot be computed are left out, and those of captions in several languages together.
     """
     units, caption_types, found = number_units(questions), find_captions(questions), {}
     for type_, indices in group_types(questions).items():
-        is_caption = caption_types.issuperset(questions[index].type for index in indices)
-        scores = CAPTION_SCORES | PLAIN_SCORES if is_caption else PLAIN_SCORES
+        group = [questions[index] for index in indices]
+        is_caption = caption_types.issuperset(question.type for question in group)
+        has_score = is_caption and len({question.language for question in group}) == 1
+        scores = CAPTION_SCORES | PLAIN_SCORES if has_score else PLAIN_SCORES
         measured = resample(statistics[indices], units[indices], scores)
         measured["exact"] = widen(measured["exact"], len(np.unique(units[indices])))
         found[type_] = {
@@ -255,13 +257,14 @@ def print_rest(n_types: int) -> None:
 
 def name_columns(reports: dict[str, dict]) -> list[str]:
     """ "right image", "wrong image", "no image"."""
-    return [f"{'no' if images == 'none' else images} image" for images in reports]
+    return list(map(name_choice, reports))
 
 
 def list_scores(reports: dict[str, dict], most_types: int | None = None) -> list[list[str]]:
     """The lines of a table: type and number of questions, score, its values with these images.
 
-    Captions have their scores and the loss, other types exact answers only, all together both.
+    Captions have their scores and the loss, other types exact answers only; all questions together
+    have what `measure_scores` finds.
 
     Args:
         reports: by choice of images.
@@ -271,10 +274,7 @@ def list_scores(reports: dict[str, dict], most_types: int | None = None) -> list
     counts, lines = next(iter(reports.values()))["counts"], []
     for kind in list(counts)[:most_types]:
         names = list(metrics[0][kind])
-        if kind == OVERALL and len(counts) > 1:
-            # texts of several languages have no score together
-            names = list(PLAIN_SCORES)
-        elif kind != OVERALL:
+        if kind != OVERALL:
             names = [name for name in names if name != "exact"] if "BLEU-4" in names else ["exact"]
         for name in names:
             values = [show_interval(name, metric[kind].get(name)) for metric in metrics]

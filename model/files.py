@@ -63,8 +63,8 @@ def find_vision_model(path: str | Path = VISION_MODEL_PATH) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     raise MissingFileError(
-        f"no CLIP in {name_places(path)}: fetch it with `python -m scripts.download clip`, "
-        "or point --vision_model to it or to another vision encoder"
+        f"no vision encoder in {name_places(path)}: fetch CLIP with `python -m scripts.download "
+        "clip`, or point --vision_model to the folder of another one"
     )
 
 

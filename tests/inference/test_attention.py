@@ -308,8 +308,9 @@ def test_falls_are_probabilities(nats, text):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"attention": "out.jpg"}, "out.jpg: it draws a .png"),
-        ({"attention": ""}, "it draws a .png"),
+        ({"attention": "out.jpg"}, "out.jpg: it becomes a .png file"),
+        ({"attention": ""}, "so name it NAME.png"),
+        ({"attention": "./a.png", "image": ["a.png"]}, "a.png, which is read too"),
         ({"attention": "out.png", "chat": True}, "leave it or --chat out"),
         ({"attention": "out.png", "data": ["rows.jsonl"]}, "leave it or --data out"),
     ],
@@ -336,7 +337,7 @@ def test_eval_vlm_draws_a_page(tmp_path):
         assert page.format == "PNG"
     finished = run_script(*map(str, command), "--attention", str(tmp_path / "out.pdf"))
     assert finished.returncode == 2 and "Traceback" not in finished.stdout
-    assert "it draws a .png" in finished.stdout and "model:" not in finished.stdout
+    assert "so name it NAME.png" in finished.stdout and "model:" not in finished.stdout
 
 
 def find_ratios(watch, n: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import eval_vlm
 from common.errors import BadSampleError, UserError
 from dataset.mixture import open_data
 from inference import load_vlm
@@ -23,6 +24,7 @@ from inference.paths import choose_weights
 from inference.questions import (
     Question,
     choose_requests,
+    count_unmoved,
     measure_accuracy,
     read_type,
     shuffle_images,
@@ -421,8 +423,10 @@ def test_metrics_of_captions(setup, captioned, tmp_path):
     for report in reports.values():
         assert report["questions"] == 6 and report["pictures"] == 3
         assert report["counts"] == {"overall": 6, "en": 3, "zh": 3}
-        for scores in report["metrics"].values():
-            assert {*scores} == {"CIDEr-D", "BLEU-4", "ROUGE-L", "exact", "loss", "perplexity"}
+        for type_, scores in report["metrics"].items():
+            # texts of several languages have no score together
+            of_texts = set() if type_ == "overall" else {"CIDEr-D", "BLEU-4", "ROUGE-L"}
+            assert {*scores} == {"exact", "loss", "perplexity"} | of_texts
             assert all(one["low"] <= one["value"] <= one["high"] for one in scores.values())
             assert scores["perplexity"]["value"] == pytest.approx(math.exp(scores["loss"]["value"]))
         # the scores of the answers are those of the set
@@ -495,6 +499,37 @@ def test_metrics_of_a_row_or_two(setup, captioned, tmp_path, n_rows):
     assert ("One picture: no intervals" in finished.stdout) == (n_rows == 1)
 
 
+def test_wrong_images_that_are_the_right_ones_are_counted():
+    """Where the set has no other pictures, the wrong image's score would say nothing."""
+    rows = {0: ("a", "b"), 1: ("a",), 2: ("c",), 3: ()}
+    questions = [Question(row, [], images, "x") for row, images in rows.items()]
+    questions.insert(0, Question(0, [], ("a",), "x"))
+    # an earlier turn of row 0 with that of row 1, which is the same; row 0 with its own
+    for question, shown in zip(questions, [1, 0, 2, 1, None]):
+        question.shown["wrong"] = shown
+    assert count_unmoved(questions) == 2
+
+
+def test_a_picture_that_vanishes_in_between_costs_its_questions(
+    setup, captioned, tmp_path, monkeypatch, capsys
+):
+    """It could be read when it was asked about, and not when the loss was measured."""
+    folder = shutil.copytree(captioned[3], tmp_path / "copy")
+    measure_loss = Evaluation.measure_loss
+
+    def without_a_picture(self, questions, images):
+        (folder / "1.png").unlink(missing_ok=True)
+        measure_loss(self, questions, images)
+
+    monkeypatch.setattr(Evaluation, "measure_loss", without_a_picture)
+    data = ["--data", folder / "rows.jsonl", "--images", folder, "--show_images", "right"]
+    monkeypatch.setattr("sys.argv", ["x", *map(str, [*setup[1], *data, "--metrics"])])
+    eval_vlm.main()
+    printed = capsys.readouterr().out
+    assert "not asked: 2 image missing\n  line 2 of rows.jsonl" in printed
+    assert "overall (4)" in printed
+
+
 def test_an_answer_may_equal_any_of_several_and_be_as_long_as_the_longest(setup, tmp_path):
     row = {"question": "Who?", "answers": ["a cat", "the big black cat over there"]}
     write_rows(tmp_path / "rows.jsonl", [row])
@@ -527,9 +562,30 @@ def test_mistakes_with_metrics_cost_one_line(setup, captioned, monkeypatch):
         finished.stdout
         == "error: --metrics measures answers to --data: pass --data, or leave it out\n"
     )
+    with pytest.raises(UserError, match="type a question, or leave it out"):
+        choose_requests("<image> ", None)
     monkeypatch.setattr("inference.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements-metrics.txt$"):
         check_package()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # the table and the page of answers would take the place of the report
+        ({"save_report": "r.md"}, "r.md: it becomes a .json file, so name it NAME.json"),
+        ({"save_report": "r.html"}, "so name it NAME.json"),
+        ({"save_report": "rows.jsonl"}, "so name it NAME.json"),
+        ({"save_report": "./rows.json"}, "rows.json, which is read too: give it another name"),
+        ({"save_report": "folder.json"}, "folder.json, which is a folder: name a file"),
+        ({"chat": True}, "leave one out"),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused_first(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=message):
+        EvalConfig(data=["rows.json"], **options)
 
 
 @given(st.integers(2, 500))
@@ -647,7 +703,7 @@ MISTAKES = {
     "--top_p 0": "--top_p is 0.0: it has to be above 0",
     "--load 1 --transformers_dir nowhere": "no transformers directory at nowhere",
     "--tokenizer nowhere": "no tokenizer in nowhere",
-    "--vision_model nowhere": "no CLIP in nowhere",
+    "--vision_model nowhere": "no vision encoder in nowhere",
 }
 MISTAKES_OF_EVAL = {
     "--images_dir nowhere": "no folder nowhere: put pictures there",

@@ -298,7 +298,7 @@ def test_bad_pictures_cost_their_rows_and_no_more(run, tmp_path):
 
 MISTAKES = [
     (dict(init_weights="nowhere.pth"), "error: no weights at nowhere.pth: train them first, or"),
-    (dict(vision_model="nowhere"), "error: no CLIP in nowhere: fetch it with"),
+    (dict(vision_model="nowhere"), "error: no vision encoder in nowhere: fetch CLIP with"),
     (dict(data_path="nowhere.jsonl"), "error: no data at nowhere.jsonl: fetch"),
     (dict(tokenizer="nowhere"), "error: no tokenizer in nowhere: fetch it"),
     (dict(device="cuda"), "error: --device cuda but PyTorch sees no GPU here"),
