@@ -97,6 +97,12 @@ PAGE_WORDS = {
         "zh": "多张图片：由同目录下用多图训练的 {model} 回答。",
         "ja": "画像が複数なので、複数画像で学習した隣の {model} が答えました。",
     },
+    "one_picture_only": {
+        "en": "Several pictures, but {model} was trained on one at a time: expect wrong answers.",
+        "zh": "有多张图片，但 {model} 训练时每次只看一张：回答很可能出错。",
+        "ja": "画像が複数ありますが、{model} は 1 枚ずつでしか学習していないので、答えは当てに"
+        "なりません。",
+    },
     "better_beside": {
         "en": "{model} lies beside and was trained on several pictures: choose it in the settings.",
         "zh": "同目录下的 {model} 用多图训练过：可在设置中选择。",

@@ -172,7 +172,10 @@ class Visit:
         if self.choices.is_automatic and model != chosen.name:
             return self.say("answered_by", model=model)
         _, better = self.service.shelf.choose_for(n_pictures, chosen)
-        return self.say("better_beside", model=better.name) if better else None
+        if better:
+            return self.say("better_beside", model=better.name)
+        is_single = self.find_entry(number).stage == "sft"
+        return self.say("one_picture_only", model=model) if is_single else None
 
     # What grows.
 
