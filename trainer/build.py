@@ -29,6 +29,9 @@ def build_model(config: TrainConfig, runtime: Runtime) -> tuple[MiniMindVLM, VLM
     """
     start, tokenizer_path, vision_path = find_parts(config)
     sizes = choose_sizes(config, start)
+    # No weight depends on it, so it may change from one stage to the next.
+    if config.dropout is not None:
+        sizes["dropout"] = config.dropout
     tokenizer = load_tokenizer(tokenizer_path)
     vision_encoder, image_processor = load_vision_encoder(vision_path)
     model_config = VLMConfig.for_vision_encoder(vision_encoder, vocab_size=len(tokenizer), **sizes)

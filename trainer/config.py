@@ -153,6 +153,13 @@ class TrainConfig:
         least=0,
         most=1_000_000,
     )
+    dropout: float | None = option(
+        None,
+        "share of the activations that are set to 0 in training, against learning by heart; that "
+        "of model/LMConfig.py if not given",
+        least=0,
+        most=0.9,
+    )
     max_steps: int | None = option(
         None,
         "optimizer steps after which to stop; all epochs if not given",

@@ -165,3 +165,14 @@ def test_weights_of_another_size_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lm_512.pth, but lm_768.pth: pass --init_weights .*/lm_7"):
         find_init_weights(config)
     assert find_init_weights(replace(config, dim=768)) == tmp_path / "lm_768.pth"
+
+
+def test_dropout_is_that_of_the_flag_and_no_size_of_the_weights(tmp_path, vision_dir):
+    weights = tmp_path / "lm_64.pth"
+    save_weights(small_model(dropout=0.5), weights)
+    parts = {"tokenizer": str(TOKENIZER), "vision_model": str(vision_dir), "device": "cpu"}
+    config = TrainConfig(init_weights=str(weights), out_dir=str(tmp_path), dtype="float32", **parts)
+    for flag, dropout in ((None, LMConfig().dropout), (0.2, 0.2)):
+        config = replace(config, dropout=flag)
+        model, _ = build_model(config, start_runtime(config))
+        assert model.config.dropout == model.layers[0].attention.dropout == dropout
