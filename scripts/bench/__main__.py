@@ -68,6 +68,10 @@ def parse_args() -> argparse.Namespace:
         help="of training; levers: the published one with one part of ours (default: all)",
     )
 
+    languages = ("en", "zh")
+    captions = "of the captions of photos (default: both)"
+    add("--languages", nargs="+", choices=languages, default=languages, help=captions)
+
     # how much of each
     add("--batch_size", type=int, help="samples in a batch; as published if not given")
     add("--steps", type=int, default=6, help="steps of an epoch of ours (default: 6)")
