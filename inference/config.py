@@ -1,5 +1,6 @@
 """What eval_vlm.py and web_demo_vlm.py can be told, typed and explained in one place."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -222,6 +223,10 @@ def check_output(flag: str, name: str, suffix: str, inputs: list[str]) -> None:
         raise UserError(f"--{flag} is {name}, which is a folder: name a file")
     if path.resolve() in (Path(file).resolve() for file in inputs):
         raise UserError(f"--{flag} is {name}, which is read too: give it another name")
+    # the folder is made if it is missing, in the first one that is there
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--{flag} is {name}: nothing can be written in {folder}")
 
 
 @dataclass(frozen=True)

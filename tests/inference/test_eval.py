@@ -578,12 +578,14 @@ def test_mistakes_with_metrics_cost_one_line(setup, captioned, monkeypatch):
         ({"save_report": "rows.jsonl"}, "so name it NAME.json"),
         ({"save_report": "./rows.json"}, "rows.json, which is read too: give it another name"),
         ({"save_report": "folder.json"}, "folder.json, which is a folder: name a file"),
+        ({"save_report": "file/new/r.json"}, "file/new/r.json: nothing can be written in .*/file$"),
         ({"chat": True}, "leave one out"),
     ],
 )
 def test_a_report_that_cannot_be_is_refused_first(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message):
         EvalConfig(data=["rows.json"], **options)
 
