@@ -28,6 +28,8 @@ def describe_identity(model: MiniMindVLM, train_data) -> dict[str, int | float |
         "stage": name_stage(model),
         "trainable parameters": sum(one.numel() for one in trainable),
         **describe_config(model.config),
+        # Two families may have as many patches of the same width and mean other things by them.
+        "vision encoder": model.vision_encoder.family.name,
         "rows": f"{len(train_data)}, checksum {zlib.crc32(train_data.lengths.tobytes()):08x}",
         "content of the rows": f"checksum {_checksum(train_data):08x}",
     }

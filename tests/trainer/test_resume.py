@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from model.weights import read_weights
 from scripts.processes import as_flags
@@ -280,6 +281,19 @@ def test_resume_refuses_other_rows_of_the_same_length(command, rows_dir, tmp_pat
     other = run_script(*command(max_steps=4, data_path=copy, resume=True))
     assert other.returncode == 2
     assert "with content of the rows checksum " in other.stdout.splitlines()[-1]
+
+
+def test_resume_refuses_a_vision_encoder_of_another_family(command, tmp_path):
+    """A SigLIP with as many patches of the same width as the CLIP before it."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = SiglipVisionConfig(**sizes, image_size=48, patch_size=16)
+    SiglipVisionModel(config).save_pretrained(tmp_path / "siglip")
+    processor = SiglipImageProcessorPil(size={"height": 48, "width": 48})
+    processor.save_pretrained(tmp_path / "siglip")
+    run_script(*command(max_steps=2))
+    other = run_script(*command(max_steps=3, vision_model=tmp_path / "siglip", resume=True))
+    assert other.returncode == 2
+    assert "vision encoder CLIP, now it is SigLIP" in other.stdout.splitlines()[-1]
 
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=300).map(
