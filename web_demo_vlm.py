@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from common.errors import BadSampleError, UserError, run_command
 from common.flags import parse_flags
 from inference.config import MAX_UPLOAD_MB, WebConfig
-from inference.paths import find_model
+from inference.paths import find_model, list_models
+from model.files import find_own
 
 if TYPE_CHECKING:
     from inference.web.gallery import Example
@@ -55,10 +56,17 @@ def main() -> None:
         return
 
     # Flags and files are checked before Streamlit starts.
-    find_model(config)
+    check_files(config)
     if importlib.util.find_spec("streamlit") is None:
         raise UserError("the web page needs Streamlit: pip install streamlit")
     sys.exit(serve(config))
+
+
+def check_files(config: WebConfig) -> None:
+    """MissingFileError for what the flags name and is not there; of --out_dir any model will do."""
+    is_named = config.weights is not None or config.load == 1
+    if is_named or not list_models(find_own(config.out_dir)):
+        find_model(config)
 
 
 def serve(config: WebConfig) -> int:

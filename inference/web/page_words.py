@@ -31,7 +31,17 @@ PAGE_WORDS = {
         "zh": "{stage}，训练于 {date}",
         "ja": "{stage}、{date} に学習",
     },
-    "score": {"en": "score: {score}", "zh": "得分：{score}", "ja": "スコア：{score}"},
+    "score": {"en": "Score: {score}", "zh": "得分：{score}", "ja": "スコア：{score}"},
+    "exact": {
+        "en": "{percent} % exactly right",
+        "zh": "{percent}% 完全正确",
+        "ja": "完全正解 {percent}%",
+    },
+    "unusable": {
+        "en": "These cannot be opened, they are damaged or no such model: {names}",
+        "zh": "以下文件无法打开，已损坏或不是这种模型：{names}",
+        "ja": "次のものは開けません（破損、またはこの種のモデルではありません）：{names}",
+    },
     "temperature": {"en": "Temperature", "zh": "温度", "ja": "温度"},
     "temperature_help": {
         "en": "0 always takes the likeliest word; more lets rarer ones in.",
@@ -82,6 +92,7 @@ PAGE_WORDS = {
     },
     # A turn.
     "next": {"en": "You are next …", "zh": "马上轮到你……", "ja": "まもなくです…"},
+    "growing": {"en": "Tokens: {n}", "zh": "{n} 个 token", "ja": "{n} トークン"},
     "stop": {"en": "Stop", "zh": "停止", "ja": "停止"},
     "regenerate": {"en": "Regenerate", "zh": "重新回答", "ja": "再生成"},
     "edit": {"en": "Edit", "zh": "编辑", "ja": "編集"},

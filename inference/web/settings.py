@@ -98,7 +98,8 @@ def show_settings(service: Service, language: str) -> Choices:
     )
 
     # the model, and what is known of it
-    entries = {str(entry.path): entry for entry in service.shelf.list() if not entry.problem}
+    listed = service.shelf.list()
+    entries = {str(entry.path): entry for entry in listed if not entry.problem}
     default = service.shelf.default()
     entries.setdefault(str(default.path), default)
     paths = list(entries)
@@ -111,6 +112,9 @@ def show_settings(service: Service, language: str) -> Choices:
     )
     entry = entries[path]
     show_text("\n".join(describe(entry, language)), "model")
+    unusable = [other.name for other in listed if other.problem]
+    if unusable:
+        show_text(word("unusable", names=", ".join(unusable)), "unusable")
 
     # how it answers; each model begins with its own temperature
     config = service.config
@@ -149,8 +153,18 @@ def describe(entry: ModelEntry, language: str) -> list[str]:
         date = entry.trained_at.strftime("%Y-%m-%d %H:%M")
         lines.append(word("trained", stage=entry.stage or "", date=date))
     if entry.score:
-        lines.append(word("score", score=entry.score))
+        lines.append(word("score", score=describe_score(entry.score, language)))
     return lines
+
+
+def describe_score(score: dict, language: str) -> str:
+    """What `read_scores` has found, in a line."""
+    parts = [score["data"]] if "data" in score else []
+    if "exact" in score:
+        parts.append(say("exact", language, percent=f"{100 * score['exact']:.1f}"))
+    if "cider" in score:
+        parts.append(f"CIDEr-D {score['cider']:.2f}")
+    return " · ".join(parts)
 
 
 def remember_language() -> None:

@@ -90,7 +90,7 @@ def describe_state(visit: Visit, turn: Turn) -> str:
         return visit.say("place", place=turn.place)
     if turn.state == "loading":
         return visit.say("loading")
-    return f"{turn.n_tokens} tokens" if turn.answer else visit.say("reading")
+    return visit.say("growing", n=turn.n_tokens) if turn.answer else visit.say("reading")
 
 
 def show_answer(visit: Visit, number: int) -> None:
@@ -139,6 +139,6 @@ def describe_speed(visit: Visit, turn: Turn) -> str:
     return visit.say(
         "speed",
         n_tokens=turn.n_tokens,
-        tokens_per_second=f"{turn.tokens_per_second:.0f}",
+        tokens_per_second=f"{turn.tokens_per_second:.1f}",
         seconds=f"{turn.seconds_to_first_token:.2f}",
     )

@@ -10,7 +10,7 @@ import streamlit as st
 
 from inference.web.conversation import MAX_PICTURES, Conversation, Picture
 from inference.web.gallery import Example
-from inference.web.looks import Look, start_look
+from inference.web.looks import start_look
 from inference.web.models import ModelEntry
 from inference.web.service import Service, watch_visitor
 from inference.web.settings import find_language
@@ -139,10 +139,14 @@ class Visit:
     def look_at(self, number: int, place: int) -> None:
         """See where the model looked, for the word at a character of an answer."""
         look = self.state.get("look")
-        if look and look.number == number and look.words:
-            self.state["look"] = Look(number, place, look.watching)
-        else:
+        # All words of an answer are watched at once, and hidden patches are for all of them too.
+        if look and look.number == number and look.watching.state not in ("stopped", "failed"):
+            look.place = place
+            return
+        try:
             self.state["look"] = start_look(self, number, place)
+        except Problem as problem:
+            self.state["notice"] = problem
 
     def forget_look(self) -> None:
         look = self.state.pop("look", None)

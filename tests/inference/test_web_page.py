@@ -3,10 +3,12 @@
 import importlib.util
 import io
 import os
+import shutil
 import signal
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +18,12 @@ import web_demo_vlm
 from common.errors import UserError
 from inference.chat import MAX_QUESTION
 from inference.config import WebConfig
-from inference.web.conversation import Conversation, Picture, Turn
+from inference.web.conversation import Conversation, Picture, Task, Turn
 from inference.web.gallery import Galleries
+from inference.web.looks import Look
 from inference.web.store import ConversationStore
+from inference.web.turns import describe_speed, describe_state
+from inference.web.visit import Visit
 from inference.web.words import say
 from model.weights import save_atomically, select_weights
 from tests.helpers import (
@@ -85,6 +90,15 @@ def test_the_web_page_needs_streamlit(flags, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="the web page needs Streamlit: pip install streamlit"):
         web_demo_vlm.main()
+
+
+def test_any_model_in_the_folder_will_do(tmp_path):
+    (tmp_path / "sft_vlm_multi_64.pth").touch()
+    web_demo_vlm.check_files(WebConfig(out_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="no weights at .*nowhere"):
+        web_demo_vlm.check_files(WebConfig(out_dir=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="gone.pth"):
+        web_demo_vlm.check_files(WebConfig(out_dir=str(tmp_path), weights="gone.pth"))
 
 
 # What it shows, in Streamlit's own test, without a browser.
@@ -164,6 +178,44 @@ def test_what_is_wrong_stands_where_it_was_sent(flags):
     ask(page, "Still here?")
     assert not page.exception and len([text for text in texts(page) if "tokens/s" in text]) == 2
     assert any("gone.pth" in text for text in texts(open_page(*flags, "--weights", "gone.pth")))
+
+
+def test_settings_say_what_is_known_of_each_model(flags, tmp_path):
+    for file in Path(flags[1]).iterdir():
+        shutil.copy(file, tmp_path)
+    (tmp_path / "sft_vlm_64.scores.json").write_text(
+        '{"exact": 0.8714, "cider": 3.2, "data": "my *eval*.jsonl"}'
+    )
+    (tmp_path / "torn.pth").write_bytes(b"PK torn")
+    page = open_page("--out_dir", str(tmp_path), *flags[2:])
+    assert not page.exception
+    shown = "\n".join(texts(page))
+    assert "Score: my *eval*.jsonl · 87.1 % exactly right · CIDEr-D 3.20" in shown
+    assert say("unusable", names="torn") in shown
+    assert "torn" not in page.selectbox(key="model").options
+
+
+def test_an_answer_grows_in_the_visitors_language():
+    turn = Turn("What?")
+    turn.change(answer="A star", n_tokens=2, state="answering")
+    visit = SimpleNamespace(say=lambda key, **values: say(key, "zh", **values))
+    assert describe_state(visit, turn) == "2 个 token"
+    # on a slow machine too
+    turn.change(tokens_per_second=0.42)
+    assert "0.4 token/s" in describe_speed(visit, turn)
+
+
+def test_another_word_keeps_what_was_found_out(monkeypatch):
+    """Its maps are there already, those of hidden patches took minutes."""
+    look = Look(0, 0, Task(), occluding=Task())
+    visit = SimpleNamespace(state={"look": look}, conversation=Conversation())
+    for state in ("waiting", "answering", "done"):
+        look.watching.change(state=state)
+        Visit.look_at(visit, 0, 5)
+        assert visit.state == {"look": look} and look.place == 5 and look.occluding
+    # its turn was cut off in another window
+    Visit.look_at(visit, 3, 0)
+    assert visit.state["notice"].key == "gone" and visit.state["look"] is look
 
 
 def test_only_so_many_pictures_are_used(flags):
