@@ -163,7 +163,7 @@ def describe_score(score: dict, language: str) -> str:
     if "exact" in score:
         parts.append(say("exact", language, percent=f"{100 * score['exact']:.1f}"))
     if "cider" in score:
-        parts.append(f"CIDEr-D {score['cider']:.2f}")
+        parts.append(f"CIDEr-D {100 * score['cider']:.1f}")
     return " · ".join(parts)
 
 

@@ -184,13 +184,13 @@ def test_settings_say_what_is_known_of_each_model(flags, tmp_path):
     for file in Path(flags[1]).iterdir():
         shutil.copy(file, tmp_path)
     (tmp_path / "sft_vlm_64.scores.json").write_text(
-        '{"exact": 0.8714, "cider": 3.2, "data": "my *eval*.jsonl"}'
+        '{"exact": 0.8714, "cider": 0.3214, "data": "my *eval*.jsonl"}'
     )
     (tmp_path / "torn.pth").write_bytes(b"PK torn")
     page = open_page("--out_dir", str(tmp_path), *flags[2:])
     assert not page.exception
     shown = "\n".join(texts(page))
-    assert "Score: my *eval*.jsonl · 87.1 % exactly right · CIDEr-D 3.20" in shown
+    assert "Score: my *eval*.jsonl · 87.1 % exactly right · CIDEr-D 32.1" in shown
     assert say("unusable", names="torn") in shown
     assert "torn" not in page.selectbox(key="model").options
 
