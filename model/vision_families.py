@@ -76,8 +76,8 @@ def read_map(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """The last map of a CNN, which is what its classifier reads.
 
     Each patch is brought to mean 0 and variance 1 over its channels: what comes out of a ReLU has
-    neither, and the projector is one linear map. The finer map before it adds nothing, and makes a
-    picture of four times as many tokens (measured on photographs, dev/LOG.md).
+    neither, and the projector is one linear map. The finer map before it would make a picture of
+    four times as many tokens; put into these it helped nothing in one comparison (dev/LOG.md).
     """
     patches = network(pixel_values).last_hidden_state.flatten(2).transpose(1, 2)  # (k, n, width)
     return F.layer_norm(patches.float(), patches.shape[-1:]).to(patches.dtype)
