@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice, product
 from typing import TYPE_CHECKING
 
-from common.errors import BadSampleError, UserError, run_command
+from common.errors import BadSampleError, MissingFileError, UserError, run_command
 from common.flags import parse_flags
 from inference.config import MAX_UPLOAD_MB, WebConfig
 from inference.paths import find_model, list_models
@@ -63,10 +63,22 @@ def main() -> None:
 
 
 def check_files(config: WebConfig) -> None:
-    """MissingFileError for what the flags name and is not there; of --out_dir any model will do."""
+    """MissingFileError for what the flags name and is not there; of --out_dir any model will do.
+
+    Where nothing is named and nothing was trained it is the demo's model, and a line says so.
+    """
     is_named = config.weights is not None or config.load == 1
-    if is_named or not list_models(find_own(config.out_dir)):
+    if not is_named and list_models(find_own(config.out_dir)):
+        return
+    try:
         find_model(config)
+    except MissingFileError:
+        if is_named or (config.out_dir, config.dim) != (DEFAULTS.out_dir, DEFAULTS.dim):
+            raise
+        from inference.web.models import ModelShelf
+
+        entry = ModelShelf(config).default()
+        print(f"no weights in {config.out_dir}/: this is {entry.path}", flush=True)
 
 
 def serve(config: WebConfig) -> int:

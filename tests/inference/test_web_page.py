@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import web_demo_vlm
-from common.errors import UserError
+from common.errors import MissingFileError, UserError
 from inference.chat import MAX_QUESTION
 from inference.config import WebConfig
 from inference.web.conversation import Conversation, Picture, Task, Turn
@@ -99,6 +99,21 @@ def test_any_model_in_the_folder_will_do(tmp_path):
         web_demo_vlm.check_files(WebConfig(out_dir=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="gone.pth"):
         web_demo_vlm.check_files(WebConfig(out_dir=str(tmp_path), weights="gone.pth"))
+
+
+def test_a_model_that_was_named_has_to_be_there(tmp_path, monkeypatch, capsys):
+    for missing in (WebConfig(out_dir=str(tmp_path)), WebConfig(weights="gone.pth")):
+        with pytest.raises(MissingFileError):
+            web_demo_vlm.check_files(missing)
+    # nothing is named, and nothing was trained: the model that is shipped
+    monkeypatch.setattr(web_demo_vlm, "list_models", lambda folder: [])
+    monkeypatch.setattr(web_demo_vlm, "find_model", raise_missing)
+    web_demo_vlm.check_files(WebConfig())
+    assert "sft_vlm" in capsys.readouterr().out
+
+
+def raise_missing(config):
+    raise MissingFileError("no weights at out/sft_vlm_512.pth")
 
 
 # What it shows, in Streamlit's own test, without a browser.
