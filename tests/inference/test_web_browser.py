@@ -205,7 +205,7 @@ def test_who_leaves_frees_the_model(address, browser):
         ask(first, LONG)
         first.get_by_text("echo and so on").nth(1).wait_for()
         ask(second, "What color is the circle?")
-        second.get_by_text("1 before you").wait_for()
+        second.get_by_text("before you").wait_for()
         first.context.close()
         wait_for_answer(second, "The circle is red.")
 
