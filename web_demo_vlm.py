@@ -18,7 +18,7 @@ from common.errors import BadSampleError, MissingFileError, UserError, run_comma
 from common.flags import parse_flags
 from inference.config import MAX_UPLOAD_MB, WebConfig
 from inference.paths import find_model, list_models
-from model.files import find_own
+from model.files import find_own, find_tokenizer, find_vision_model
 
 if TYPE_CHECKING:
     from inference.web.gallery import Example
@@ -67,13 +67,21 @@ def check_files(config: WebConfig) -> None:
 
     Where nothing is named and nothing was trained it is the demo's model, and a line says so.
     """
-    is_named = config.weights is not None or config.load == 1
+    # the other parts, if they are named
+    if config.tokenizer:
+        find_tokenizer(config.tokenizer)
+    if config.vision_model:
+        find_vision_model(config.vision_model)
+
+    # the model
+    chosen = ("weights", "load", "model_mode", "dim")
+    is_named = any(getattr(config, name) != getattr(DEFAULTS, name) for name in chosen)
     if not is_named and list_models(find_own(config.out_dir)):
         return
     try:
         find_model(config)
     except MissingFileError:
-        if is_named or (config.out_dir, config.dim) != (DEFAULTS.out_dir, DEFAULTS.dim):
+        if is_named or config.out_dir != DEFAULTS.out_dir:
             raise
         from inference.web.models import ModelShelf
 

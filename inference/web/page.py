@@ -34,6 +34,10 @@ from inference.web.turns import show_turn
 from inference.web.visit import Visit
 from inference.web.words import Problem, describe_problem
 
+# Examples that are found before the page is drawn again. Streamlit may lose a file that is added
+# at that very moment.
+NEW_EXAMPLES = 3
+
 
 def show_page(
     config: WebConfig, find_examples: Callable[[WebConfig, ModelEntry], Iterable[Example]]
@@ -142,4 +146,9 @@ def show_welcome(visit: Visit) -> None:
         elif not is_complete:
             show_text(visit.say("examples_tried"), "tried")
     if not is_complete:
-        visit.follow(lambda: gallery.choose(visit.language) == examples and not gallery.is_complete)
+        visit.follow(
+            lambda: (
+                not gallery.is_complete
+                and len(gallery.choose(visit.language)) < len(examples) + NEW_EXAMPLES
+            )
+        )
