@@ -251,7 +251,10 @@ def test_what_cannot_be_used_is_said_where_it_was_sent(address, browser, tmp_pat
         Image.new("1", (20_000, 20_000)).save(huge)
         large.write_bytes(bytes(100 * 2**20))
         chooser = page.locator("[data-testid=stChatInput] input[type=file]").first
-        chooser.set_input_files([huge, large])
+        chooser.set_input_files([huge])
+        page.get_by_test_id("stFileChip").wait_for()
+        page.wait_for_timeout(2000)
+        chooser.set_input_files([large])
         page.get_by_text("must be 20.0MB or smaller").wait_for()
         ask(page, "What color is the circle?")
         page.get_by_text("huge.png: it is too large").wait_for()
