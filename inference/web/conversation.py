@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 
 from inference.chat import PICTURE_SIDE, add_image_tags
-from inference.web.words import Problem
+from inference.web.words import Problem, say
 from model.image import load_image
 
 if TYPE_CHECKING:
@@ -162,6 +162,17 @@ class Turn(Ticket):
     def is_answered(self) -> bool:
         """Whether the model is told of this turn when the next question is asked."""
         return self.state == "done" or (self.state == "stopped" and bool(self.answer))
+
+
+def describe_speed(turn: Turn, language: str) -> str:
+    """Tokens of an answer, tokens a second, and how long the first one took."""
+    return say(
+        "speed",
+        language,
+        n_tokens=turn.n_tokens,
+        tokens_per_second=f"{turn.tokens_per_second:.1f}",
+        seconds=f"{turn.seconds_to_first_token:.2f}",
+    )
 
 
 class Conversation:

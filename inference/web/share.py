@@ -9,7 +9,7 @@ import json
 from html import escape
 from typing import Any
 
-from inference.web.conversation import Conversation, Picture, Turn
+from inference.web.conversation import Conversation, Picture, Turn, describe_speed
 from inference.web.words import DEFAULT_LANGUAGE, LANGUAGES, say
 
 # Changes when what a program finds in the JSON does.
@@ -98,13 +98,7 @@ def _draw(turn: Turn, language: str) -> str:
     if turn.state == "stopped":
         notes.append(say("stopped", language))
     if turn.n_tokens:
-        speed = say(
-            "speed",
-            language,
-            n_tokens=turn.n_tokens,
-            tokens_per_second=f"{turn.tokens_per_second:.1f}",
-            seconds=f"{turn.seconds_to_first_token:.2f}",
-        )
+        speed = describe_speed(turn, language)
         settings = ", ".join(f"{name} {value}" for name, value in turn.settings.items())
         notes.append(" · ".join(filter(None, (turn.model, speed, settings))))
     parts += [f'<div class="note">{escape(note)}</div>' for note in notes]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from inference.chat import MAX_QUESTION
+from inference.web.conversation import describe_speed
 from inference.web.looks import show_look
 from inference.web.parts import show_problem, show_text, show_words
 
@@ -114,7 +115,7 @@ def show_answer(visit: Visit, number: int) -> None:
     # how fast it came, who answered
     lines = []
     if turn.n_tokens:
-        lines.append(describe_speed(visit, turn))
+        lines.append(describe_speed(turn, visit.language))
     if turn.state == "stopped":
         lines.append(visit.say("stopped"))
     with st.container(key=f"below-{number}", horizontal=True, vertical_alignment="center"):
@@ -132,13 +133,3 @@ def show_answer(visit: Visit, number: int) -> None:
         show_look(visit, look)
     elif is_last and turn.answer and not visit.state.get("look"):
         show_text(visit.say("click_a_word"), "hint")
-
-
-def describe_speed(visit: Visit, turn: Turn) -> str:
-    """Tokens, tokens a second, and how long the first one took."""
-    return visit.say(
-        "speed",
-        n_tokens=turn.n_tokens,
-        tokens_per_second=f"{turn.tokens_per_second:.1f}",
-        seconds=f"{turn.seconds_to_first_token:.2f}",
-    )

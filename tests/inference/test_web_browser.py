@@ -5,8 +5,6 @@ import io
 import random
 import shutil
 import threading
-import time
-import urllib.request
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +12,7 @@ from PIL import Image
 
 from dataset.scenes.scene import Scene, Thing, draw_scene
 from inference.chat import MAX_QUESTION
-from tests.helpers import ROOT, free_port, picture, start_script
+from tests.helpers import ROOT, free_port, picture, start_script, wait_for_page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 # A robot is faster than a person: what it does while the page is drawn anew may be lost.
@@ -87,16 +85,6 @@ def address(tmp_path_factory, browser):
     server.wait(timeout=20)
 
 
-def wait_for_page(port: int) -> None:
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("no answer from the page")
-
-
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -121,6 +109,7 @@ def visitor(browser, address: str, **options):
 def attach(page, *files: tuple[str, bytes]) -> None:
     """Add files to the next question, and wait until they are there."""
     uploads = [{"name": name, "mimeType": "", "buffer": content} for name, content in files]
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chooser = page.locator("[data-testid=stChatInput] input[type=file]").first
     # Streamlit may lose files that are added while it draws the page: a person adds them again.
     for _ in range(5):
@@ -128,8 +117,10 @@ def attach(page, *files: tuple[str, bytes]) -> None:
         try:
             page.get_by_test_id("stFileChip").nth(len(files) - 1).wait_for(timeout=15_000)
             break
-        except Exception:
+        except playwright.TimeoutError:
             continue
+    else:
+        pytest.fail(f"{len(files)} files were added, and the page does not show them")
     page.wait_for_timeout(300)
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +17,11 @@ import web_demo_vlm
 from common.errors import MissingFileError, UserError
 from inference.chat import MAX_QUESTION
 from inference.config import WebConfig
-from inference.web.conversation import Conversation, Picture, Task, Turn
+from inference.web.conversation import Conversation, Picture, Task, Turn, describe_speed
 from inference.web.gallery import Galleries
 from inference.web.looks import Look
 from inference.web.store import ConversationStore
-from inference.web.turns import describe_speed, describe_state
+from inference.web.turns import describe_state
 from inference.web.visit import Visit
 from inference.web.words import say
 from model.weights import save_atomically, select_weights
@@ -35,6 +34,7 @@ from tests.helpers import (
     small_model,
     start_script,
     user,
+    wait_for_page,
     write_rows,
 )
 
@@ -67,12 +67,7 @@ def test_the_web_page_listens_where_it_is_told_to(flags, host, is_local):
     flags = [*flags, "--port", port, "--host", host]
     server = start_script("web_demo_vlm.py", *flags, start_new_session=True)
     try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.2)
+        wait_for_page(port)
         listening = open("/proc/net/tcp").read().splitlines()[1:]
         local = [line.split()[1].split(":") for line in listening if line.split()[3] == "0A"]
         addresses = {address for address, its_port in local if its_port == f"{port:04X}"}
@@ -217,7 +212,7 @@ def test_an_answer_grows_in_the_visitors_language():
     assert describe_state(visit, turn) == "2 个 token"
     # on a slow machine too
     turn.change(tokens_per_second=0.42)
-    assert "0.4 token/s" in describe_speed(visit, turn)
+    assert "0.4 token/s" in describe_speed(turn, "zh")
 
 
 def test_another_word_keeps_what_was_found_out(monkeypatch):
