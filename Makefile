@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-REQUIREMENTS := requirements.txt requirements-data.txt requirements-metrics.txt requirements-dev.txt
+REQUIREMENTS := requirements.txt requirements-data.txt requirements-metrics.txt requirements-export.txt \
+	requirements-serve.txt requirements-dev.txt
 
 .PHONY: setup demo demo-multi lesson test web bench docs clean
 

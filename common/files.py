@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         if partial.is_file():
             partial.unlink()
+
+
+@contextmanager
+def folder_in_one_go(path: Path) -> Iterator[Path]:
+    """A folder to write files into, which becomes `path` when all are written.
+
+    Where something fails, nothing of it stays. UserError where `path` exists, where the disk is
+    full or the place is read-only.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        os.rename(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot write {path} ({error}): free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

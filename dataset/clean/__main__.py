@@ -10,8 +10,8 @@ the reason for each row that was left out, and report.html to read. It appears w
 
 from common.errors import run_command
 from common.flags import parse_flags
+from common.packages import check_packages
 from dataset.clean.settings import Settings
-from dataset.packages import check_packages
 from dataset.rows import find_data_files
 from model.files import find_tokenizer
 
@@ -22,7 +22,9 @@ def main() -> None:
     # The command that is printed at the end names it.
     if settings.tokenizer:
         find_tokenizer(settings.tokenizer)
-    check_packages("ftfy", "imagehash", "faiss", "scipy", "py3langid", "pyarrow")
+    check_packages(
+        "requirements-data.txt", "ftfy", "imagehash", "faiss", "scipy", "py3langid", "pyarrow"
+    )
     # This imports them, which takes a second.
     from dataset.clean.run import clean
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common.errors import run_command
 from common.flags import parse_flags
+from common.packages import check_packages
 from dataset.mixture import find_sources
 from dataset.next_command import choose_tokenizer, write_clean_command
-from dataset.packages import check_packages
 from dataset.preview.settings import MAX_SEQ_LEN, Settings
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     settings = parse_flags(Settings(), __doc__)
     sources = find_sources(settings.data, settings.images)
     tokenizer = choose_tokenizer(settings.tokenizer)
-    check_packages("py3langid")
+    check_packages("requirements-data.txt", "py3langid")
     # These import PyTorch and transformers, which takes seconds.
     from dataset.preview.checks import preview
     from model.LMConfig import IMAGE_TOKEN, VLMConfig

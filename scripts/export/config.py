@@ -1,0 +1,38 @@
+"""What `python -m scripts.export` can be told."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from common.flags import check_options, option
+
+FORMATS = ("transformers", "onnx", "gguf", "web")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of `python -m scripts.export`."""
+
+    weights: str = option(
+        "",
+        "the model: a .pth file, a folder of them, or a transformers directory",
+        group="what to export",
+        positional=True,
+    )
+    to: list[Literal["transformers", "onnx", "gguf", "web"]] = option(
+        [], "formats: transformers, onnx, gguf, web; if not given, transformers"
+    )
+    out: str = option("exported", "new folder that is written")
+    tokenizer: str | None = option(
+        None, "folder of the tokenizer; if not given, the one the model was trained with"
+    )
+    vision_model: str | None = option(
+        None, "folder of the vision encoder; if not given, the one the model was trained with"
+    )
+
+    def __post_init__(self):
+        check_options(self)
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats that are written, each once, in the order of FORMATS."""
+        return [name for name in FORMATS if name in (self.to or FORMATS[:1])]
