@@ -40,11 +40,11 @@ def write_encoder(folder: Path) -> None:
 
     UserError where the package with the weights is not installed.
     """
-    from transformers import BitImageProcessor
+    from transformers import BitImageProcessorPil
 
     convert(read_package()).save_pretrained(folder)
     # The network was trained with pixels from -1 to 1.
-    BitImageProcessor(
+    BitImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5] * 3,

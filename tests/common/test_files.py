@@ -12,6 +12,7 @@ from common import files
 from common.errors import BadSampleError, UserError
 from common.files import (
     atomic_write,
+    folder_in_one_go,
     hash_bytes,
     hash_to_int,
     read_image_bytes,
@@ -63,3 +64,21 @@ def test_bytes_of_a_picture_have_a_limit(tmp_path, monkeypatch):
         read_image_bytes(tmp_path)
     with pytest.raises(BadSampleError, match="text is no file"):
         read_small_file(tmp_path, "text", 100)
+
+
+def test_a_folder_appears_with_all_its_files_or_not_at_all(tmp_path):
+    path = tmp_path / "above" / "folder"
+    with pytest.raises(RuntimeError), folder_in_one_go(path) as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError("stopped in the middle")
+    assert os.listdir(path.parent) == []
+    with folder_in_one_go(path) as folder:
+        (folder / "a").write_text("a")
+        assert not path.exists()
+    assert os.listdir(path.parent) == ["folder"] and os.listdir(path) == ["a"]
+
+    # what lies there stays
+    refused = pytest.raises(UserError, match="cannot write .*choose another folder")
+    with refused, folder_in_one_go(path) as folder:
+        (folder / "b").write_text("b")
+    assert os.listdir(path.parent) == ["folder"] and os.listdir(path) == ["a"]
