@@ -4,8 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-data.txt requirements-metrics.txt requirements-export.txt \
 	requirements-serve.txt requirements-dev.txt
+# The last transformers before 5, which exported models are tried with; torch comes from .venv.
+OLD_TRANSFORMERS := $(VENV)/transformers-4.57
+OLD_PACKAGES := transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 
-.PHONY: setup demo demo-multi lesson test web bench docs clean
+.PHONY: setup demo demo-multi lesson test test-all web bench docs clean
 
 setup: $(VENV)/ready
 
@@ -22,11 +25,20 @@ demo: setup
 demo-multi: setup
 	$(RUN) -m scripts.demo --multi
 
-# One thread for each process: the tests run side by side on all cores.
+# One thread for each process: the tests run side by side on all cores. What takes minutes, or needs
+# more programs than Python, is marked slow: `make test-all`.
+test: CHOICE := -m "not slow"
 test: setup
+test-all: setup $(OLD_TRANSFORMERS)/ready
+test test-all:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical $(CHOICE)
+
+$(OLD_TRANSFORMERS)/ready: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(OLD_TRANSFORMERS) $(OLD_PACKAGES)
+	touch $@
 
 web:
 	@test -f out/demo/sft_vlm_128.pth || (echo "error: no demo model yet: run make demo first" && exit 2)
