@@ -190,6 +190,14 @@ class VLMProcessor:
         `<image>` tags beyond `n_images` are dropped. BadSampleError for a malformed conversation.
         """
         turns, _ = match_image_tags(check_conversation(conversations, blank_answers=True), n_images)
+        return self.encode_pieces(turns)
+
+    def encode_pieces(self, turns: list[tuple[str, str | list[str]]]) -> torch.Tensor:
+        """int64[1, T]: the same for turns that are checked already.
+
+        A user turn may be a list, the pieces of text between its images: an `<image>` in one of
+        them is text.
+        """
         input_ids, _ = self.encode_turns(turns)
         return torch.tensor([input_ids + self._format_ids["<s>assistant\n"]])
 
@@ -215,7 +223,7 @@ class VLMProcessor:
         pixels = 255 * (pixel_values.float().cpu() * std + mean)
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
-    def encode_turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def encode_turns(self, turns: list[tuple[str, str | list[str]]]) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of `<s>role\\ncontent</s>\\n` for each turn, a system turn first."""
         if not turns or turns[0][0] != "system":
             turns = [("system", self.default_system)] + turns
@@ -262,15 +270,15 @@ class VLMProcessor:
             broken.append(token)
         return broken
 
-    def _encode_question(self, content: str) -> list[int]:
-        """Ids of a user turn, with the image tokens of an image for every `<image>`.
+    def _encode_question(self, content: str | list[str]) -> list[int]:
+        """Ids of a user turn, with the image tokens of an image for every `<image>`, or gap.
 
         The model tells an image from the text's own '@' by the length of the run. So a line break
         keeps an '@' of the text away from the image tokens.
         """
         line_break = self._format_ids["\n"]
         tokens = []
-        pieces = content.split(IMAGE_TAG)
+        pieces = content.split(IMAGE_TAG) if isinstance(content, str) else content
         for index, piece in enumerate(pieces):
             piece_tokens = self.encode_content(piece)
             if index > 0:
