@@ -4,9 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-data.txt requirements-metrics.txt requirements-export.txt \
 	requirements-serve.txt requirements-dev.txt
-# The last transformers before 5, which exported models are tried with; torch comes from .venv.
-OLD_TRANSFORMERS := $(VENV)/transformers-4.57
-OLD_PACKAGES := transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
+# What exported models are tried with besides, each in a folder of its own: the last transformers
+# before 5, and lmms-eval. The rest of what they need comes from .venv.
+OLD_TRANSFORMERS := transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
+BESIDE := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
 .PHONY: setup demo demo-multi lesson test test-all web bench docs clean
 
@@ -29,15 +30,18 @@ demo-multi: setup
 # more programs than Python, is marked slow: `make test-all`.
 test: CHOICE := -m "not slow"
 test: setup
-test-all: setup $(OLD_TRANSFORMERS)/ready
+test-all: setup $(VENV)/transformers-4.57/ready $(VENV)/lmms-eval/ready
 test test-all:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical $(CHOICE)
 
-$(OLD_TRANSFORMERS)/ready: $(VENV)/ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $(OLD_TRANSFORMERS) $(OLD_PACKAGES)
+$(VENV)/transformers-4.57/ready: $(VENV)/ready
+	$(BESIDE) $(@D) $(OLD_TRANSFORMERS)
+	touch $@
+
+$(VENV)/lmms-eval/ready: $(VENV)/ready requirements-lmms-eval.txt
+	$(BESIDE) $(@D) -r requirements-lmms-eval.txt
 	touch $@
 
 web:
