@@ -24,7 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from common.errors import UserError
 from model.files import read_json
 from model.image_processor import picture_side
-from model.llava_config import llava_config, minimind_config, read_llava_config
+from model.llava_config import PROJECTOR_SCALES, llava_config, minimind_config, read_llava_config
 from model.LMConfig import LMConfig, VLMConfig, size_names
 from model.model_vlm import MiniMindVLM
 from model.pretrained import build, read_folder_weights, refusing_folder
@@ -87,14 +87,18 @@ def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return halves.transpose(1, 2).flatten(0, 2)  # (n_heads * head_dim, dim)
 
 
-def to_llava(model: MiniMindVLM) -> LlavaForConditionalGeneration:
+def to_llava(model: MiniMindVLM, projector_act: str = "linear") -> LlavaForConditionalGeneration:
     """The stock LLaVA that computes the same as `model`, which has to have its vision encoder.
+
+    Args:
+        model: in float32.
+        projector_act: "linear", or "gelu" for tools that know nothing else: see PROJECTOR_SCALES.
 
     UserError where no LLaVA has such a vision encoder.
     """
     config, ours = model.config, model.state_dict()
     network = as_vision_encoder(model.vision_encoder).network
-    llava = LlavaForConditionalGeneration(llava_config(config, network.config))
+    llava = LlavaForConditionalGeneration(llava_config(config, network.config, projector_act))
 
     # what both have
     weights = {
@@ -109,8 +113,13 @@ def to_llava(model: MiniMindVLM) -> LlavaForConditionalGeneration:
     weights[f"{TEXT}embed_tokens.weight"] = torch.cat((embeddings, mean))
     weights["lm_head.weight"] = weights[f"{TEXT}embed_tokens.weight"]
 
-    # the projector's second layer: the identity
-    weights[f"{PROJECTOR}linear_2.weight"] = torch.eye(config.dim)
+    # the projector's second layer undoes what the activation needs
+    first_scale, second_scale = PROJECTOR_SCALES[projector_act]
+    for kind in ("weight", "bias"):
+        weights[f"{PROJECTOR}linear_1.{kind}"] = (
+            weights[f"{PROJECTOR}linear_1.{kind}"] * first_scale
+        )
+    weights[f"{PROJECTOR}linear_2.weight"] = torch.eye(config.dim) * second_scale
     weights[f"{PROJECTOR}linear_2.bias"] = torch.zeros(config.dim)
     llava.load_state_dict(weights)
     return llava.eval()
@@ -121,8 +130,10 @@ def from_llava(llava: LlavaForConditionalGeneration, image_size: int | None = No
 
     Accepted is what `to_llava` makes, also after further training that left the second layer of
     the projector alone: a Llama behind a vision encoder whose last layer is read without a class
-    token, a projector that is linear and whose second layer is the identity, `<image>` as the last
-    token. UserError for any other LLaVA.
+    token, `<image>` as the last token, and one of two projectors: with the activation "linear" and
+    the identity as second layer, or with "gelu" and the identity times 2^25, whose first layer is
+    then 2^-24 times ours. What `to_llava` was given comes back bit by bit. UserError for any other
+    LLaVA.
 
     Args:
         llava: the model.
@@ -137,17 +148,23 @@ def from_llava(llava: LlavaForConditionalGeneration, image_size: int | None = No
     config = minimind_config(llava.config, vision_encoder)
     theirs = llava.state_dict()
     second = theirs[f"{PROJECTOR}linear_2.weight"]
-    identity = torch.eye(config.dim, dtype=second.dtype, device=second.device)
-    if not torch.equal(second, identity) or theirs[f"{PROJECTOR}linear_2.bias"].any():
+    first_scale, second_scale = PROJECTOR_SCALES[llava.config.projector_hidden_act]
+    expected = torch.eye(config.dim, dtype=second.dtype, device=second.device) * second_scale
+    if not torch.equal(second, expected) or theirs[f"{PROJECTOR}linear_2.bias"].any():
         raise UserError(
-            "the projector's second layer is not the identity: this LLaVA is no MiniMind-V"
+            f"the projector's second layer is not {second_scale:g} times the identity: this LLaVA "
+            "is no MiniMind-V"
         )
 
     # rename
     weights = {}
     for name, their_name in map_names(config).items():
         weight = theirs[their_name]
-        weights[name] = to_interleaved(weight, config.head_dim) if is_rotated(name) else weight
+        if is_rotated(name):
+            weight = to_interleaved(weight, config.head_dim)
+        elif their_name.startswith(PROJECTOR):
+            weight = weight / first_scale
+        weights[name] = weight
     # without the row of <image>
     weights["tok_embeddings.weight"] = theirs[f"{TEXT}embed_tokens.weight"][:-1]
     model = MiniMindVLM(config, vision_encoder)

@@ -29,6 +29,12 @@ TEXT_SIZES = {
     "max_seq_len": "max_position_embeddings",
     "rope_theta": "rope_theta",
 }
+# The projector is one linear map, which LLaVA writes as two layers with an activation between them.
+# By the name of the activation: the weight of ours is in the first layer times one number, and the
+# second is the identity times the other. vLLM and mlx-vlm know no "linear". gelu(x) is x / 2 around
+# 0, so numbers made small go through it unbent: the error is 1e-6 of them. Powers of two cost
+# nothing in float32 and bfloat16; float16 has no room for them, and the projector would say 0.
+PROJECTOR_SCALES = {"linear": (1.0, 1.0), "gelu": (2.0**-24, 2.0**25)}
 # What a Llama may have and ours has not; what is not said is so.
 LLAMA = {
     "model_type": "llama",
@@ -40,11 +46,16 @@ LLAMA = {
 }
 
 
-def find_joints(vision_config: PreTrainedConfig) -> dict[str, object]:
+def find_joints(vision_config: PreTrainedConfig, projector_act: object) -> dict[str, object]:
     """How a LLaVA joins language model and vision encoder; UserError where it cannot be said.
 
     It reads the states behind the last layer, all of them ("full") or without the first one
     ("default").
+
+    Args:
+        vision_config: sizes of the vision encoder.
+        projector_act: the activation in the projector, one of PROJECTOR_SCALES; "linear" is put in
+            the place of any other.
     """
     family = find_family(vision_config.model_type)
     if family.llava_strategy is None:
@@ -56,12 +67,14 @@ def find_joints(vision_config: PreTrainedConfig) -> dict[str, object]:
     return {
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": family.llava_strategy,
-        "projector_hidden_act": "linear",
+        "projector_hidden_act": "gelu" if projector_act == "gelu" else "linear",
     }
 
 
-def llava_config(config: VLMConfig, vision_config: PreTrainedConfig) -> LlavaConfig:
-    """The sizes of the LLaVA that computes the same."""
+def llava_config(
+    config: VLMConfig, vision_config: PreTrainedConfig, projector_act: object = "linear"
+) -> LlavaConfig:
+    """The sizes of the LLaVA that computes the same; `projector_act` as for `find_joints`."""
     text_config = LlamaConfig(
         hidden_size=config.dim,
         num_hidden_layers=config.n_layers,
@@ -85,7 +98,7 @@ def llava_config(config: VLMConfig, vision_config: PreTrainedConfig) -> LlavaCon
         image_token_index=config.vocab_size,
         image_seq_length=config.n_image_tokens,
         tie_word_embeddings=True,
-        **find_joints(vision_config),
+        **find_joints(vision_config, projector_act),
     )
 
 
@@ -96,7 +109,8 @@ def minimind_config(config: LlavaConfig, vision_encoder: VisionEncoder) -> VLMCo
         config: of the LLaVA.
         vision_encoder: its own.
     """
-    text, joints = config.text_config, find_joints(config.vision_config)
+    text = config.text_config
+    joints = find_joints(config.vision_config, config.projector_hidden_act)
     for name, value in {**joints, "image_token_index": text.vocab_size - 1}.items():
         if getattr(config, name) != value:
             raise UserError(
@@ -153,10 +167,11 @@ def read_llava_config(
     n_patches = (image_size // vision_config.patch_size) ** 2
     sizes |= {"image_special_token": IMAGE_TOKEN * n_patches}
     config = VLMConfig(vision_dim=vision_config.hidden_size, **sizes)
-    config = llava_config(config, vision_config)
+    projector_act = facts.get("projector_hidden_act")
+    config = llava_config(config, vision_config, projector_act)
 
     # how the two are joined
-    for name in (*find_joints(vision_config), "image_token_index"):
+    for name in (*find_joints(vision_config, projector_act), "image_token_index"):
         if facts.get(name) != getattr(config, name):
             raise UserError(
                 f"this LLaVA has {name} {facts.get(name)!r:.80}, a MiniMind-V has "

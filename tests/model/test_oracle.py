@@ -278,7 +278,7 @@ def test_transformers_directory_comes_back_equal(model, llava, tmp_path):
 def test_another_llava_is_refused():
     llava = to_llava(small_model())
     llava.model.multi_modal_projector.linear_2.weight.data[0, 1] = 0.5
-    with pytest.raises(UserError, match="not the identity"):
+    with pytest.raises(UserError, match="not 1 times the identity"):
         from_llava(llava)
     llava.config.vision_feature_layer = -2
     with pytest.raises(UserError, match="vision_feature_layer -2"):
