@@ -234,12 +234,13 @@ class Batcher:
             self._changed.notify_all()
         return answer
 
-    def close(self) -> None:
-        """Cancel all answers, and end the thread."""
+    def close(self, wait: bool = True) -> None:
+        """Cancel all answers, and end the thread; a signal's handler should not wait for it."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     # The thread.
 
@@ -251,13 +252,17 @@ class Batcher:
                     self._changed.wait()
                 if self._is_closed:
                     break
-            self._drop_cancelled()
-            self._admit()
-            self._see()
-            self._prefill()
-            self._decode()
+            self.do_round()
         for answer in [*self._waiting, *self._seeing, *self._prefilling, *self._running]:
             answer.finish("cancelled")
+
+    def do_round(self) -> None:
+        """Go on with all answers by one step."""
+        self._drop_cancelled()
+        self._admit()
+        self._see()
+        self._prefill()
+        self._decode()
 
     def _drop_cancelled(self) -> None:
         """Forget what nobody waits for any more."""
