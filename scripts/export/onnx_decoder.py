@@ -1,0 +1,147 @@
+"""The language model as an ONNX graph: what model/model_lm.py computes, a node a line.
+
+It is written by hand, not traced. onnxruntime has one operator for all of attention, with rotary
+embedding and cache (GroupQueryAttention), and one for a sum and the norm behind it. On a CPU they
+answer faster than the dozens of nodes that a trace makes of the same lines.
+"""
+
+import onnx
+import torch
+from onnx import TensorProto
+
+from model.model_lm import MiniMindBlock, MiniMindLM, RMSNorm
+from scripts.export.onnx_builder import ORT, GraphBuilder
+
+# Is added to the scores of padding: softmax then gives it nothing.
+MASKED = -1e9
+# What the cache of a layer holds.
+KINDS = ("key", "value")
+
+
+def build_decoder(model: MiniMindLM, dtype: str) -> onnx.ModelProto:
+    """The layers and the output head, with a cache of keys and values.
+
+    Inputs: inputs_embeds float[B, T, dim] of the new tokens; attention_mask int64[B, S], 0 at
+    padding, cached tokens included; past_key_values.N.key and .value float[B, n_kv_heads, S - T,
+    head_dim]. Outputs: logits float[B, T, vocab_size]; present.N.key and .value, T tokens longer.
+
+    Args:
+        model: in float32.
+        dtype: of the weights: float32, int8 or int4.
+    """
+    graph = GraphBuilder(dtype)
+    declare(graph, model)
+    prepare_attention(graph, model)
+
+    # `branch` is what a block adds to `hidden`: the next norm is over the sum of both.
+    hidden, branch = "inputs_embeds", None
+    for number, block in enumerate(model.layers):
+        hidden, branch = add_block(graph, f"layers.{number}", block, hidden, branch)
+    normed, _ = add_norm(graph, "norm", model.norm, hidden, branch)
+    graph.linear(normed, "output.weight", model.output.weight, output="logits")
+    return graph.build()
+
+
+def declare(graph: GraphBuilder, model: MiniMindLM) -> None:
+    """Say what goes in and what comes out, by the names that transformers.js asks for."""
+    config, floats, longs = model.config, TensorProto.FLOAT, TensorProto.INT64
+    new, everything = ["batch_size", "sequence_length"], ["batch_size", "total_sequence_length"]
+    graph.declare("inputs", "inputs_embeds", floats, [*new, config.dim])
+    graph.declare("inputs", "attention_mask", longs, everything)
+    graph.declare("outputs", "logits", floats, [*new, config.vocab_size])
+    for number in range(config.n_layers):
+        for kind in KINDS:
+            for side, name, length in (
+                ("inputs", f"past_key_values.{number}.{kind}", "past_sequence_length"),
+                ("outputs", f"present.{number}.{kind}", "total_sequence_length"),
+            ):
+                shape = ["batch_size", config.n_kv_heads, length, config.head_dim]
+                graph.declare(side, name, floats, shape)
+
+
+def prepare_attention(graph: GraphBuilder, model: MiniMindLM) -> None:
+    """Add what all layers need: the tensors cos, sin, length, last and bias."""
+    # Rotary embedding counts padding too: attention only sees how far two tokens are apart.
+    cos, sin = model.rope.unbind(-1)  # (max_seq_len, head_dim / 2) each
+    graph.constant("cos", cos)
+    graph.constant("sin", sin)
+
+    # length: int32[], S. last: int32[B], S - 1
+    one = graph.constant("one", torch.tensor(1))
+    n_rows = graph.add("Shape", "attention_mask", end=1)
+    n_tokens = graph.add("Gather", graph.add("Shape", "attention_mask"), one)
+    graph.add("Cast", n_tokens, to=TensorProto.INT32, outputs="length")
+    last = graph.add("Cast", graph.add("Sub", n_tokens, one), to=TensorProto.INT32)
+    graph.add("Expand", last, n_rows, outputs="last")
+
+    # bias: float[B, 1, T, S], MASKED for padding, else 0
+    is_text = graph.add("Cast", "attention_mask", to=TensorProto.BOOL)
+    zero = graph.constant("zero", torch.tensor(0.0))
+    masked = graph.constant("masked", torch.tensor(MASKED))
+    bias = graph.add("Where", is_text, zero, masked)  # (B, S)
+    bias = graph.add("Unsqueeze", bias, graph.constant("axes", torch.tensor([1, 2])))
+    ones = graph.constant("ones", torch.tensor([1]))
+    n_new = graph.add("Shape", "inputs_embeds", start=1, end=2)
+    shape = graph.add("Concat", ones, ones, n_new, ones, axis=0)  # 1, 1, T, 1
+    graph.add("Expand", bias, shape, outputs="bias")
+
+
+def add_block(
+    graph: GraphBuilder, name: str, block: MiniMindBlock, hidden: str, branch: str | None
+) -> tuple[str, str]:
+    """Attention, then feed-forward, as in MiniMindBlock.
+
+    Args:
+        graph: is added to.
+        name: of the block in a state dict.
+        block: has the weights.
+        hidden, branch: what came in, and what the block before adds to it; see `add_norm`.
+
+    Returns (hidden, branch), the same for the next block.
+    """
+    attention, feed_forward = block.attention, block.feed_forward
+
+    # attention; queries, keys and values are side by side: one product instead of three
+    normed, hidden = add_norm(graph, f"{name}.attention_norm", block.attention_norm, hidden, branch)
+    wqkv = torch.cat((attention.wq.weight, attention.wk.weight, attention.wv.weight))
+    mixed = graph.add(
+        f"{ORT}.GroupQueryAttention",
+        *(graph.linear(normed, f"{name}.attention.wqkv.weight", wqkv), "", ""),
+        *(f"past_key_values.{attention.layer}.{kind}" for kind in KINDS),
+        *("last", "length", "cos", "sin", "", "bias"),
+        outputs=[f"{name}.mixed", *(f"present.{attention.layer}.{kind}" for kind in KINDS)],
+        num_heads=attention.wq.out_features // attention.head_dim,
+        kv_num_heads=attention.wk.out_features // attention.head_dim,
+        do_rotary=1,
+        # pairs (x0, x1), (x2, x3) ...
+        rotary_interleaved=1,
+    )
+    branch = graph.linear(mixed, f"{name}.attention.wo.weight", attention.wo.weight)
+
+    # feed-forward; QuickGelu with alpha 1 is silu
+    normed, hidden = add_norm(graph, f"{name}.ffn_norm", block.ffn_norm, hidden, branch)
+    w1, w2, w3 = (
+        (f"{name}.feed_forward.{part}.weight", getattr(feed_forward, part).weight)
+        for part in ("w1", "w2", "w3")
+    )
+    gate = graph.add(f"{ORT}.QuickGelu", graph.linear(normed, *w1), alpha=1.0)
+    gated = graph.add("Mul", gate, graph.linear(normed, *w3))
+    return hidden, graph.linear(gated, *w2)
+
+
+def add_norm(
+    graph: GraphBuilder, name: str, norm: RMSNorm, hidden: str, branch: str | None
+) -> tuple[str, str]:
+    """RMSNorm of hidden + branch. Returns (what it gives, the sum)."""
+    weight = graph.constant(f"{name}.weight", norm.weight)
+    if branch is None:
+        normed = graph.add("SimplifiedLayerNormalization", hidden, weight, epsilon=norm.eps)
+        return normed, hidden
+    outputs = [f"{name}_out", "", "", f"{name}_sum"]
+    graph.add(
+        f"{ORT}.SkipSimplifiedLayerNormalization",
+        *(hidden, branch, weight),
+        outputs=outputs,
+        epsilon=norm.eps,
+    )
+    return outputs[0], outputs[3]
