@@ -23,13 +23,18 @@ if TYPE_CHECKING:
 
 # Unicode keeps this code point for use inside of programs.
 CUT = "\ufdd0"
-CUT_STEP = {"type": "Split", "pattern": {"String": CUT}, "behavior": "Removed", "invert": False}
+# A "Regex", although it is one character: transformers.js does not remove a "String".
+CUT_STEP = {"type": "Split", "pattern": {"Regex": CUT}, "behavior": "Removed", "invert": False}
 
 # SYSTEM and ESCAPES are filled in; every "{%-" takes the line break before it away.
 TEMPLATE = """\
 {#- What somebody wrote: no token of the format, and no blank at its start joins it. -#}
-{%- macro typed(text) -%}
-{{- ('CUT' if text != text | trim else '') + textESCAPES -}}
+{#- A line break keeps an '@' away from a picture. -#}
+{%- macro typed(text, is_behind, is_before) -%}
+{{- '\\n' if is_behind and text[:1] == '@' else '' -}}
+{{- 'CUT' if not is_behind and text != text | trim else '' -}}
+{{- textESCAPES -}}
+{{- '\\n' if is_before and text[-1:] == '@' else '' -}}
 {%- endmacro -%}
 
 {%- for message in messages -%}
@@ -38,10 +43,11 @@ TEMPLATE = """\
 {%- endif -%}
 {{- '<s>' + message['role'] + '\\n' -}}
 
-{#- its text, and how many pictures it has -#}
+{#- its text, and how many pictures it has: in plain text each <image> is one -#}
 {%- set turn = namespace(text='', images=0, piece='') -%}
 {%- if message['content'] is string -%}
 {%- set turn.text = message['content'] -%}
+{%- set turn.images = turn.text.split('<image>') | length - 1 -%}
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'text' -%}
@@ -59,21 +65,17 @@ TEMPLATE = """\
 {%- for _ in range(turn.images - turn.text.split('<image>') | length + 1) -%}
 {%- set turn.text = '<image>\\n' + turn.text -%}
 {%- endfor -%}
-{%- if turn.images -%}
-{%- set turn.text = turn.text | replace('<image>@', '<image>\\n@') -%}
-{%- set turn.text = turn.text | replace('@<image>', '@\\n<image>') -%}
-{%- endif -%}
 {#- An <image> that has no picture is left out. -#}
 {%- for piece in turn.text.split('<image>') -%}
 {%- set turn.piece = turn.piece + piece -%}
 {%- if loop.index <= turn.images -%}
-{{- typed(turn.piece) + '<image>' -}}
+{{- typed(turn.piece, loop.index > 1, true) + '<image>' -}}
 {%- set turn.piece = '' -%}
 {%- endif -%}
 {%- endfor -%}
-{{- typed(turn.piece) -}}
+{{- typed(turn.piece, turn.images > 0, false) -}}
 {%- else -%}
-{{- typed(turn.text) -}}
+{{- typed(turn.text, false, false) -}}
 {%- endif -%}
 
 {{- '</s>\\n' -}}
