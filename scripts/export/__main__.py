@@ -16,6 +16,7 @@ from common.flags import parse_flags
 from common.packages import check_packages
 from inference.paths import find_model_files
 from scripts.export.config import ExportConfig
+from scripts.export.web_library import find_library
 
 # Packages that a format needs besides requirements.txt.
 PACKAGES = {
@@ -44,6 +45,8 @@ def main() -> None:
     out = Path(config.out)
     if out.exists():
         raise UserError(f"{out} exists already: delete it, or pass another --out")
+    if "web" in config.formats:
+        find_library(config.web_library)
     from inference import load_vlm
 
     # load

@@ -28,6 +28,11 @@ class ExportConfig:
     vision_model: str | None = option(
         None, "folder of the vision encoder; if not given, the one the model was trained with"
     )
+    web_library: str | None = option(
+        None,
+        "folder with the packages of the web page, as `npm pack` fetches them; if not given, npm "
+        "is asked for them once",
+    )
 
     def __post_init__(self):
         check_options(self)

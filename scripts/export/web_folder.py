@@ -1,0 +1,123 @@
+"""A web page on which the model answers in the visitor's browser; any static server serves it.
+
+web/    index.html page.css page.js    what is seen
+        worker.js prompt.js picture.js the model's loop, and what goes into it
+        lib/                           onnxruntime-web and a tokenizer, see web_library.py
+        model/                         model.json (sizes, format of a prompt), tokenizer, graphs
+        examples/                      pictures to begin with
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from inference.chat import MAX_QUESTION
+from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME
+from inference.web.page_words import PAGE_WORDS
+from model.files import ROOT, is_demo_encoder, read_info
+from model.image_processor import picture_side, pixel_statistics
+from model.LMConfig import IMAGE_TOKEN
+from scripts.export.onnx_graphs import write_graphs
+from scripts.export.web_library import copy_library, find_library
+
+if TYPE_CHECKING:
+    from inference import VLM
+    from model.processing import VLMProcessor
+    from scripts.export.config import ExportConfig
+
+PAGE = Path(__file__).with_name("web")
+EXAMPLES = sorted((ROOT / "dataset/eval_images").glob("scene-*.png"))
+# Where the JSON beside the weights names no question that opens most rows of the training data.
+QUESTION, QUESTION_FOR_SEVERAL = "What is in this picture?", "What is different in these pictures?"
+BICUBIC = 3
+
+
+def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
+    """Write the page, its library, the model and some examples into folder/web."""
+    # the page and its library
+    library, web = find_library(config.web_library), folder / "web"
+    shutil.copytree(PAGE, web)
+    copy_library(library, web / "lib")
+
+    # the model; its graphs are there already where they were asked for too
+    model = web / "model"
+    if (graphs := folder / "onnx").is_dir():
+        model.mkdir()
+        for name in (VISION_NAME, EMBEDDINGS_NAME, DECODER_NAMES["float32"]):
+            shutil.copy(graphs / name, model)
+    else:
+        write_graphs(vlm, model, ("float32",))
+    (model / "tokenizer.json").write_text(json.dumps(plain_tokenizer(vlm.processor)), "utf-8")
+    files = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
+    facts = describe(vlm) | {"files": files}
+    (model / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
+
+    # examples
+    examples = web / "examples"
+    examples.mkdir()
+    for path in EXAMPLES:
+        shutil.copy(path, examples)
+    (examples / "list.json").write_text(json.dumps([path.name for path in EXAMPLES]))
+
+
+def plain_tokenizer(processor: VLMProcessor) -> dict:
+    """The tokenizer without special tokens, as tokenizer.json: what people type is text to it."""
+    facts = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    facts["added_tokens"] = [one for one in facts["added_tokens"] if not one["special"]]
+    return facts
+
+
+def describe(vlm: VLM) -> dict:
+    """model.json: all that the page has to know of the model, but the files."""
+    config, processor, info = vlm.model.config, vlm.processor, read_info(vlm.weights)
+    tokenizer, eyes = processor.tokenizer, vlm.model.vision_encoder
+    knows_scenes = eyes.name_or_path and is_demo_encoder(eyes.name_or_path)
+
+    # the format of a prompt: whatever comes before a question, and after it
+    ids = processor.encode_prompt([{"role": "user", "content": IMAGE_TOKEN}], 0)[0].tolist()
+    place = len(ids) - 1 - ids[::-1].index(config.image_token_id)
+    prompt = {
+        "before": ids[:place],
+        "after": ids[place + 1 :],
+        "line_break": processor.encode_content("\n"),
+        "image_id": config.image_token_id,
+        "n_image_tokens": config.n_image_tokens,
+        "end_id": tokenizer.eos_token_id,
+        "special_ids": tokenizer.all_special_ids,
+        "max_tokens": config.max_seq_len,
+        "max_characters": MAX_QUESTION,
+    }
+
+    # the whole
+    weights = {*vlm.model.parameters(), *eyes.parameters()}
+    return {
+        "name": vlm.weights.stem,
+        "n_parameters": sum(weight.numel() for weight in weights),
+        "knows": PAGE_WORDS["knows_scenes"]["en"] if knows_scenes else "",
+        "question": info.get("question") or QUESTION,
+        "question_for_several": info.get("question_for_several") or QUESTION_FOR_SEVERAL,
+        "prompt": prompt,
+        "picture": describe_pictures(processor.image_processor),
+        "decoder": {"n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim},
+    }
+
+
+def describe_pictures(image_processor) -> dict:
+    """How pictures become numbers: picture.js does the same. UserError if it does not."""
+    if image_processor.resample != BICUBIC:
+        raise UserError(
+            f"the vision encoder's pictures are resized with resample {image_processor.resample}: "
+            f"the web page knows bicubic ({BICUBIC}) only"
+        )
+    mean, std = pixel_statistics(image_processor)
+    size = {name: value for name, value in image_processor.size if value is not None}
+    return {
+        "size": size,
+        "side": picture_side(image_processor),
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+    }
