@@ -1,7 +1,7 @@
 """The language model as an ONNX graph: what model/model_lm.py computes, a node a line.
 
-It is written by hand, not traced. onnxruntime has one operator for all of attention, with rotary
-embedding and cache (GroupQueryAttention), and one for a sum and the norm behind it. On a CPU they
+It is written by hand, not traced. onnxruntime has one operator for attention and its cache
+(GroupQueryAttention), one for rotary embedding, one for a sum and the norm behind it. On a CPU they
 answer faster than the dozens of nodes that a trace makes of the same lines.
 """
 
@@ -9,7 +9,7 @@ import onnx
 import torch
 from onnx import TensorProto
 
-from model.model_lm import MiniMindBlock, MiniMindLM, RMSNorm
+from model.model_lm import MiniMindLM, RMSNorm
 from scripts.export.onnx_builder import ORT, GraphBuilder
 
 # Is added to the scores of padding: softmax then gives it nothing.
@@ -22,8 +22,10 @@ def build_decoder(model: MiniMindLM, dtype: str) -> onnx.ModelProto:
     """The layers and the output head, with a cache of keys and values.
 
     Inputs: inputs_embeds float[B, T, dim] of the new tokens; attention_mask int64[B, S], 0 at
-    padding, cached tokens included; past_key_values.N.key and .value float[B, n_kv_heads, S - T,
-    head_dim]. Outputs: logits float[B, T, vocab_size]; present.N.key and .value, T tokens longer.
+    padding, cached tokens included; position_ids int64[B, T], which do not count padding;
+    past_key_values.N.key and .value float[B, n_kv_heads, S - T, head_dim].
+    Outputs: logits float[B, T, vocab_size]; present.N.key and .value, T tokens longer.
+    A batch can start together, and go on together by one token; only a single row by several.
 
     Args:
         model: in float32.
@@ -35,8 +37,8 @@ def build_decoder(model: MiniMindLM, dtype: str) -> onnx.ModelProto:
 
     # `branch` is what a block adds to `hidden`: the next norm is over the sum of both.
     hidden, branch = "inputs_embeds", None
-    for number, block in enumerate(model.layers):
-        hidden, branch = add_block(graph, f"layers.{number}", block, hidden, branch)
+    for number in range(model.config.n_layers):
+        hidden, branch = add_block(graph, model, number, hidden, branch)
     normed, _ = add_norm(graph, "norm", model.norm, hidden, branch)
     graph.linear(normed, "output.weight", model.output.weight, output="logits")
     return graph.build()
@@ -48,6 +50,7 @@ def declare(graph: GraphBuilder, model: MiniMindLM) -> None:
     new, everything = ["batch_size", "sequence_length"], ["batch_size", "total_sequence_length"]
     graph.declare("inputs", "inputs_embeds", floats, [*new, config.dim])
     graph.declare("inputs", "attention_mask", longs, everything)
+    graph.declare("inputs", "position_ids", longs, new)
     graph.declare("outputs", "logits", floats, [*new, config.vocab_size])
     for number in range(config.n_layers):
         for kind in KINDS:
@@ -60,9 +63,12 @@ def declare(graph: GraphBuilder, model: MiniMindLM) -> None:
 
 
 def prepare_attention(graph: GraphBuilder, model: MiniMindLM) -> None:
-    """Add what all layers need: the tensors cos, sin, length, last and bias."""
-    # Rotary embedding counts padding too: attention only sees how far two tokens are apart.
-    cos, sin = model.rope.unbind(-1)  # (max_seq_len, head_dim / 2) each
+    """Add what all layers need: the tensors split, cos, sin, length, last and bias."""
+    # split: widths of queries, keys, values. cos, sin: float[max_seq_len, head_dim / 2]
+    attention = model.layers[0].attention
+    widths = [part.out_features for part in (attention.wq, attention.wk, attention.wv)]
+    graph.constant("split", torch.tensor(widths))
+    cos, sin = model.rope.unbind(-1)
     graph.constant("cos", cos)
     graph.constant("sin", sin)
 
@@ -87,34 +93,46 @@ def prepare_attention(graph: GraphBuilder, model: MiniMindLM) -> None:
 
 
 def add_block(
-    graph: GraphBuilder, name: str, block: MiniMindBlock, hidden: str, branch: str | None
+    graph: GraphBuilder, model: MiniMindLM, number: int, hidden: str, branch: str | None
 ) -> tuple[str, str]:
     """Attention, then feed-forward, as in MiniMindBlock.
 
     Args:
         graph: is added to.
-        name: of the block in a state dict.
-        block: has the weights.
+        model: has the weights.
+        number: of the block.
         hidden, branch: what came in, and what the block before adds to it; see `add_norm`.
 
     Returns (hidden, branch), the same for the next block.
     """
+    config, block, name = model.config, model.layers[number], f"layers.{number}"
     attention, feed_forward = block.attention, block.feed_forward
 
-    # attention; queries, keys and values are side by side: one product instead of three
+    # queries, keys and values: one product instead of three
     normed, hidden = add_norm(graph, f"{name}.attention_norm", block.attention_norm, hidden, branch)
     wqkv = torch.cat((attention.wq.weight, attention.wk.weight, attention.wv.weight))
+    qkv = graph.linear(normed, f"{name}.attention.wqkv.weight", wqkv)
+    parts = [f"{name}.{part}" for part in ("queries", "keys", "values")]
+    graph.add("Split", qkv, "split", axis=-1, outputs=parts)
+
+    # rotate interleaved pairs (x0, x1), (x2, x3) ..., then attend
+    queries, keys = (
+        graph.add(
+            f"{ORT}.RotaryEmbedding",
+            *(part, "position_ids", "cos", "sin"),
+            num_heads=n_heads,
+            interleaved=1,
+        )
+        for part, n_heads in zip(parts, (config.n_heads, config.n_kv_heads))
+    )
     mixed = graph.add(
         f"{ORT}.GroupQueryAttention",
-        *(graph.linear(normed, f"{name}.attention.wqkv.weight", wqkv), "", ""),
-        *(f"past_key_values.{attention.layer}.{kind}" for kind in KINDS),
-        *("last", "length", "cos", "sin", "", "bias"),
-        outputs=[f"{name}.mixed", *(f"present.{attention.layer}.{kind}" for kind in KINDS)],
-        num_heads=attention.wq.out_features // attention.head_dim,
-        kv_num_heads=attention.wk.out_features // attention.head_dim,
-        do_rotary=1,
-        # pairs (x0, x1), (x2, x3) ...
-        rotary_interleaved=1,
+        *(queries, keys, parts[2]),
+        *(f"past_key_values.{number}.{kind}" for kind in KINDS),
+        *("last", "length", "", "", "", "bias"),
+        outputs=[f"{name}.mixed", *(f"present.{number}.{kind}" for kind in KINDS)],
+        num_heads=config.n_heads,
+        kv_num_heads=config.n_kv_heads,
     )
     branch = graph.linear(mixed, f"{name}.attention.wo.weight", attention.wo.weight)
 

@@ -2,7 +2,7 @@
 
     onnx/vision_encoder.onnx        pixel_values -> image_features, what the projector gives
     onnx/embed_tokens.onnx          input_ids -> inputs_embeds
-    onnx/decoder_model_merged.onnx  inputs_embeds, attention_mask, past_key_values -> logits, present
+    onnx/decoder_model_merged.onnx  inputs_embeds, attention_mask, past_key_values.* -> logits
     onnx/decoder_model_merged_quantized.onnx, _q4.onnx      the same with weights in int8, int4
 
 Whoever runs them puts image_features in the place of the embeddings of `<image>`.
