@@ -214,7 +214,9 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return respond({"status": "ok", "open": server.n_open})
+        return respond(
+            {"status": "ok", "open": server.n_open, "running": server.batcher.n_running}
+        )
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

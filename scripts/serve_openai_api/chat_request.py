@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -172,7 +171,7 @@ def take_number(
         return default
     what = f"a {'whole ' * whole}number from {least} to {most}"
     is_number = isinstance(value, int | (int if whole else float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
+    if not is_number or not least <= value <= most:
         raise refuse(f"{name} is {value!r:.40}: it has to be {what}", name)
     return value
 

@@ -52,7 +52,11 @@ def fetch(url: str, max_bytes: int) -> bytes:
             raise BadSampleError("image URL redirects", f"{name}: name the place itself")
         if response.status != 200:
             raise BadSampleError("image cannot be fetched", f"{name}: status {response.status}")
-        return read_body(response, max_bytes)
+        body = read_body(response, max_bytes)
+        # The end of a connection that was cut looks like that of the file.
+        if connection.is_cut:
+            raise TimeoutError
+        return body
     except BadSampleError:
         raise
     # A name with odd characters, a server that breaks off: many kinds of errors.

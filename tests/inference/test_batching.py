@@ -95,7 +95,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(requests=REQUESTS, max_rows=st.integers(1, 4))
 def test_rows_that_come_and_go_answer_as_alone(vlm, requests, max_rows):
     """Whole rounds by hand, so that each example is the same each time."""
