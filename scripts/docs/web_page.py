@@ -29,22 +29,22 @@ def main() -> None:
     flags = ["--weights", str(WEIGHTS), "--device", "cpu", "--port", str(PORT)]
     server = subprocess.Popen([sys.executable, "web_demo_vlm.py", *flags])
     try:
-        address = wait_for_page()
-        take_pictures(browser, address)
+        take_pictures(browser, wait_for_page(PORT))
     finally:
         server.terminate()
         server.wait()
 
 
-def wait_for_page() -> str:
-    """The address of the page, once it answers."""
+def wait_for_page(port: int) -> str:
+    """The address of the page on this port, once it answers; UserError after a minute or more."""
+    address = f"http://localhost:{port}"
     for _ in range(300):
         try:
-            with urllib.request.urlopen(f"http://localhost:{PORT}/_stcore/health", timeout=2):
-                return f"http://localhost:{PORT}"
+            with urllib.request.urlopen(f"{address}/_stcore/health", timeout=2):
+                return address
         except OSError:
             time.sleep(0.2)
-    raise UserError(f"the page does not answer on port {PORT}: is it taken?")
+    raise UserError(f"the page does not answer on port {port}: is it taken?")
 
 
 def take_pictures(browser_path: str, address: str) -> None:
