@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import zipfile
 from collections.abc import Container
 from pathlib import Path
@@ -115,17 +114,6 @@ def rows_with_damaged_pictures(images: Path, n_rows: int, damaged: Container[int
         turns = [{"content": "<image>\nWhat?"}, {"content": "red"}]
         rows.append({"conversations": turns, "image": path.name})
     return rows
-
-
-def wait_for_page(port: int) -> None:
-    """Until the web page on this port answers."""
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"http://localhost:{port}/_stcore/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail("no answer from the page")
 
 
 class WarmScript:

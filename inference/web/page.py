@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable
 import streamlit as st
 
 from common.errors import BadSampleError, UserError
-from inference.chat import MAX_QUESTION
 from inference.config import MAX_UPLOAD_MB, WebConfig
 from inference.web.conversation import MAX_PICTURES, Picture
 from inference.web.gallery import Example
 from inference.web.models import ModelEntry
 from inference.web.parts import (
+    MAX_TYPED,
     show_cards,
     show_problem,
     show_style,
@@ -34,15 +34,11 @@ from inference.web.turns import show_turn
 from inference.web.visit import Visit
 from inference.web.words import Problem, describe_problem
 
-# Examples that are found before the page is drawn again. Streamlit may lose a file that is added
-# at that very moment.
-NEW_EXAMPLES = 3
-
 
 def show_page(
     config: WebConfig, find_examples: Callable[[WebConfig, ModelEntry], Iterable[Example]]
 ) -> None:
-    """Draw the page, and follow an answer that is on its way.
+    """Draw the page, and follow what grows: an answer that is on its way, examples.
 
     Args:
         config: what the command line says.
@@ -51,6 +47,7 @@ def show_page(
     # who is here, and what was said so far
     st.set_page_config(page_title="MiniMind-V", page_icon="👁️", layout="centered")
     show_style()
+    watch_attached("attached")
     visit = Visit(open_service(config, find_examples))
     visit.name_in_address()
 
@@ -64,28 +61,25 @@ def show_page(
     if visit.choices.entry.knows == "scenes":
         show_text(visit.say("knows_scenes"), "knows")
 
-    # The line to write in is below a conversation, which then scrolls to its end.
-    if visit.conversation.turns:
-        for number in range(len(visit.conversation.turns)):
-            show_turn(visit, number)
-        show_notice(visit)
-        show_composer(visit)
-    else:
+    for number in range(len(visit.conversation.turns)):
+        show_turn(visit, number)
+    if not visit.conversation.turns:
         show_welcome(visit)
+    show_notice(visit)
+    show_composer(visit)
     visit.follow_to_the_end()
 
 
 def show_composer(visit: Visit) -> None:
-    """The line to write in.
+    """The line to write in, always the same one, so that what is in it stays.
 
     A question is taken in a callback: Streamlit may end a run at any call that draws, and what was
     sent would be lost with it.
     """
-    watch_attached("attached")
     st.chat_input(
         visit.say("ask"),
         key="question",
-        max_chars=MAX_QUESTION,
+        max_chars=MAX_TYPED,
         accept_file="multiple",
         max_upload_size=MAX_UPLOAD_MB,
         on_submit=send,
@@ -130,25 +124,25 @@ def show_notice(visit: Visit) -> None:
 
 
 def show_welcome(visit: Visit) -> None:
-    """What a visitor sees first: the line to write in, and examples that are known to work."""
+    """What a visitor sees first: examples that are known to work, as they are found."""
     with st.container(key="welcome"):
         st.subheader(visit.say("tagline"), anchor=False)
-        show_notice(visit)
-        show_composer(visit)
-
-    # the examples, as they are found out to be right
     gallery = visit.service.galleries.open(visit.choices.entry)
-    is_complete, examples = gallery.is_complete, gallery.choose(visit.language)
-    with st.container(key="examples"):
+    with st.container(key="small-examples"):
+        title = st.empty()
+    cards, drawn = st.empty(), [[]]
+
+    def draw_new() -> bool:
+        is_complete, examples = gallery.is_complete, gallery.choose(visit.language)
         if examples:
-            show_text(f"{visit.say('examples')} {visit.say('examples_checked')}", "checked")
-            show_cards(examples, "gallery", visit.ask_example)
+            title.text(f"{visit.say('examples')} {visit.say('examples_checked')}")
         elif not is_complete:
-            show_text(visit.say("examples_tried"), "tried")
-    if not is_complete:
-        visit.follow(
-            lambda: (
-                not gallery.is_complete
-                and len(gallery.choose(visit.language)) < len(examples) + NEW_EXAMPLES
-            )
-        )
+            title.text(visit.say("examples_tried"))
+        if examples != drawn[-1]:
+            drawn.append(examples)
+            with cards:
+                show_cards(examples, f"gallery-{len(drawn)}", visit.ask_example)
+        return not is_complete
+
+    if draw_new():
+        visit.follow(draw_new)

@@ -14,6 +14,9 @@ from inference.web.gallery import Example
 
 HERE = Path(__file__).parent
 BRAND = '<div class="brand">MiniMind-V</div>'
+# Characters that a field takes: beyond them it drops what is typed, without a word. Far below them
+# a question is refused with one.
+MAX_TYPED = 1_000_000
 
 
 def show_style() -> None:

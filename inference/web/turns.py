@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from inference.chat import MAX_QUESTION
 from inference.web.conversation import describe_speed
 from inference.web.looks import show_look
-from inference.web.parts import show_problem, show_text, show_words
+from inference.web.parts import MAX_TYPED, show_problem, show_text, show_words
 
 if TYPE_CHECKING:
     from inference.web.conversation import Turn
@@ -56,7 +55,7 @@ def show_editor(visit: Visit, number: int) -> None:
     turn = visit.conversation.turns[number]
     with st.form(f"form-{visit.key}-{number}", border=False):
         st.text_area(
-            visit.say("question"), turn.question, max_chars=MAX_QUESTION, height="content",
+            visit.say("question"), turn.question, max_chars=MAX_TYPED, height="content",
             key=f"edited-{visit.key}-{number}", label_visibility="collapsed",
         )  # fmt: skip
         with st.container(horizontal=True, horizontal_alignment="right"):
@@ -121,7 +120,8 @@ def show_answer(visit: Visit, number: int) -> None:
     with st.container(key=f"below-{number}", horizontal=True, vertical_alignment="center"):
         if lines:
             show_text(" · ".join(lines), f"speed-{number}")
-        if is_last:
+        # without any picture the answer would be the same line again
+        if is_last and visit.conversation.pictures:
             st.button(
                 visit.say("regenerate"), key=f"again-{visit.key}-{number}",
                 icon=":material/refresh:", type="tertiary",

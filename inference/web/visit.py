@@ -42,8 +42,12 @@ class Visit:
         self.service, self.language = service, find_language()
         self.is_here = watch_visitor()
         self._followed: list[Callable[[], bool]] = []
-        # The address names the conversation, so a reload finds it again; "" is a new one.
-        self.key = self.state.get("c", st.query_params.get("c"))
+        # The address names the conversation, so that a reload finds it again; "" is a new one. It
+        # is another one than was written there after Back and Forward.
+        address = st.query_params.get("c")
+        if address and address != self.state.get("address"):
+            self.state["c"] = address
+        self.key = self.state.get("c")
         self.conversation = service.store.find(self.key)
         if self.conversation is None:
             self.key, self.conversation = None, self.state.setdefault("unsent", Conversation())
@@ -52,8 +56,9 @@ class Visit:
         """Write the conversation's id into the address. Not in a callback, which this may end."""
         if self.key and st.query_params.get("c") != self.key:
             st.query_params["c"] = self.key
-        elif not self.key and "c" in st.query_params and "c" in self.state:
+        elif not self.key and "c" in st.query_params:
             del st.query_params["c"]
+        self.state["address"] = self.key
 
     @property
     def state(self):
@@ -67,7 +72,7 @@ class Visit:
     # What a visitor does.
 
     def ask(self, question: str, pictures: list[Picture], refused: list = ()) -> None:
-        """Send a question; what cannot be sent is told, and its pictures wait for the next one."""
+        """Send a question; what cannot be sent is told, and stays in the line to write in."""
         self.stop()
         self.state.pop("notice", None)
         pictures = self.state.pop("waiting", []) + pictures
@@ -83,8 +88,10 @@ class Visit:
                 refused,
             )
         except Problem as problem:
-            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES])
+            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES], question=question)
             return
+        if not self.conversation.pictures:
+            self.state["question"] = question
         self.forget_look()
         self.stop_editing()
         self.key = self.service.store.keep(self.conversation, self.key)

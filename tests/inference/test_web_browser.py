@@ -12,14 +12,11 @@ from PIL import Image
 
 from dataset.scenes.scene import Scene, Thing, draw_scene
 from inference.chat import MAX_QUESTION
-from tests.helpers import ROOT, free_port, picture, start_script, wait_for_page
+from scripts.docs.web_page import wait_for_page
+from tests.helpers import ROOT, free_port, picture, start_script
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-# A robot is faster than a person: what it does while the page is drawn anew may be lost.
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed"),
-    pytest.mark.flaky(reruns=3),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 PATIENCE = 45_000  # ms; a busy machine is slow
 
 # The page, but a question that begins with "echo" is answered with itself, a character at a time.
@@ -64,8 +61,8 @@ def encode(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory, browser):
-    """Of PAGE with the demo's model, as a user starts it, with all examples tried."""
+def address(tmp_path_factory):
+    """Of PAGE with the demo's model, as a user starts it; examples are still being tried."""
     script = tmp_path_factory.mktemp("page") / "page.py"
     script.write_text(PAGE)
     port = free_port()
@@ -75,12 +72,7 @@ def address(tmp_path_factory, browser):
     flags = ["--weights", ROOT / "model/demo/sft_vlm_128.pth", "--device", "cpu"]
     server = start_script("-m", "streamlit", "run", *options, script, "--", *flags)
     wait_for_page(port)
-    address = f"http://localhost:{port}"
-    # While examples are found the page is drawn anew, which may lose what a robot does just then.
-    with visitor(browser, address) as page:
-        page.locator(".gallery button").nth(5).wait_for()
-        page.wait_for_timeout(3000)
-    yield address
+    yield f"http://localhost:{port}"
     server.kill()
     server.wait(timeout=20)
 
@@ -109,24 +101,19 @@ def visitor(browser, address: str, **options):
 def attach(page, *files: tuple[str, bytes]) -> None:
     """Add files to the next question, and wait until they are there."""
     uploads = [{"name": name, "mimeType": "", "buffer": content} for name, content in files]
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chooser = page.locator("[data-testid=stChatInput] input[type=file]").first
-    # Streamlit may lose files that are added while it draws the page: a person adds them again.
-    for _ in range(5):
-        chooser.set_input_files(uploads)
-        try:
-            page.get_by_test_id("stFileChip").nth(len(files) - 1).wait_for(timeout=15_000)
-            break
-        except playwright.TimeoutError:
-            continue
-    else:
-        pytest.fail(f"{len(files)} files were added, and the page does not show them")
-    page.wait_for_timeout(300)
+    page.locator("[data-testid=stChatInput] input[type=file]").set_input_files(uploads)
+    page.get_by_test_id("stFileChip").nth(len(files) - 1).wait_for()
 
 
 def ask(page, question: str) -> None:
     page.get_by_test_id("stChatInputTextArea").fill(question)
     page.get_by_test_id("stChatInputSubmitButton").click()
+
+
+def wait_for_line(page, text: str) -> None:
+    """Until this is in the line to write in."""
+    is_there = "text => document.querySelector('[data-testid=stChatInputTextArea]').value === text"
+    page.wait_for_function(is_there, arg=text)
 
 
 def answers(page):
@@ -136,6 +123,13 @@ def answers(page):
 
 def wait_for_answer(page, text: str) -> None:
     answers(page).filter(has_text=text).last.wait_for()
+
+
+def start_anew(page) -> None:
+    page.get_by_role("button", name="New chat").click()
+    page.locator(".gallery button").first.wait_for()
+    page.wait_for_function("!location.search.includes('c=')")
+    assert answers(page).count() == 0
 
 
 def test_a_conversation(address, browser):
@@ -183,9 +177,44 @@ def test_examples_are_answered_as_they_say(address, browser):
         page.locator(".gallery button").first.click()
         answers(page).wait_for()
         assert answers(page).text_content().startswith("The ")
-        page.get_by_role("button", name="New chat").click()
+        start_anew(page)
+
+
+def test_what_waits_in_the_line_stays_there(address, browser):
+    """A question and a picture: an example is asked before, and an answer comes and ends."""
+    with visitor(browser, address) as page:
         page.locator(".gallery button").first.wait_for()
-        assert "c=" not in page.url
+        attach(page, ("circle.png", draw("red", "circle")))
+        page.get_by_test_id("stChatInputTextArea").fill("What color is the circle?")
+        page.locator(".gallery button").first.click()
+        answers(page).wait_for()
+        wait_for_line(page, "What color is the circle?")
+        page.get_by_test_id("stChatInputSubmitButton").click()
+        wait_for_answer(page, "The circle is red.")
+
+    # in the middle of the first answer
+    with visitor(browser, address) as page:
+        attach(page, ("circle.png", draw("red", "circle")))
+        ask(page, LONG)
+        page.get_by_text("echo and so on").nth(1).wait_for()
+        attach(page, ("star.png", draw("blue", "star")))
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("stopped").wait_for()
+        ask(page, "What color is the star?")
+        page.locator("[class*=st-key-bubble-1] img").wait_for()
+
+
+def test_back_shows_the_conversation_before(address, browser):
+    with visitor(browser, address) as page:
+        for shape in ("circle", "star"):
+            attach(page, (f"{shape}.png", draw("red", shape)))
+            ask(page, f"What color is the {shape}?")
+            wait_for_answer(page, f"The {shape} is red.")
+            start_anew(page)
+        page.go_back()
+        wait_for_answer(page, "The star is red.")
+        page.get_by_role("button", name="Regenerate").click()
+        wait_for_answer(page, "The star is red.")
 
 
 def test_visitors_have_their_own_conversations(address, browser):
@@ -229,19 +258,22 @@ def test_what_cannot_be_used_is_said_where_it_was_sent(address, browser, tmp_pat
         # nothing, and files that are none
         ask(page, "What color is the circle?")
         page.get_by_text("Add a picture first").wait_for()
+        # it need not be typed again
+        wait_for_line(page, "What color is the circle?")
         attach(page, *((name, content) for name, (content, _) in BROKEN.items()))
-        ask(page, "What color is the circle?")
+        page.get_by_test_id("stChatInputSubmitButton").click()
         for name, (_, reason) in BROKEN.items():
             line = page.locator("[class*=st-key-problem]").get_by_text(name)
             line.wait_for()
             assert reason in line.text_content()
         page.get_by_text("Add a picture first").nth(1).wait_for()
+        wait_for_line(page, "What color is the circle?")
 
         # more pixels than memory, more bytes than an upload may have
         huge, large = tmp_path / "huge.png", tmp_path / "large.png"
         Image.new("1", (20_000, 20_000)).save(huge)
         large.write_bytes(bytes(100 * 2**20))
-        chooser = page.locator("[data-testid=stChatInput] input[type=file]").first
+        chooser = page.locator("[data-testid=stChatInput] input[type=file]")
         chooser.set_input_files([huge])
         page.get_by_test_id("stFileChip").wait_for()
         page.wait_for_timeout(2000)
@@ -250,13 +282,18 @@ def test_what_cannot_be_used_is_said_where_it_was_sent(address, browser, tmp_pat
         ask(page, "What color is the circle?")
         page.get_by_text("huge.png: it is too large").wait_for()
         page.get_by_text("large.png: it did not arrive").wait_for()
+        wait_for_line(page, "What color is the circle?")
 
         # blanks, and more than the model can read
         attach(page, ("circle.png", draw("red", "circle")))
         ask(page, "   ")
         page.get_by_text("Type a question first").wait_for()
-        ask(page, "龘" * (MAX_QUESTION // 5))
+        wait_for_line(page, "   ")
+        ask(page, "a" * (MAX_QUESTION + 1))
         page.get_by_text("too long").wait_for()
+        wait_for_line(page, "a" * (MAX_QUESTION + 1))
+        ask(page, "龘" * (MAX_QUESTION // 5))
+        page.locator("[class*=st-key-turn-]").get_by_text("too long").wait_for()
 
         # the session goes on; the picture of the blank question has waited
         ask(page, "What color is the circle?")
@@ -274,8 +311,7 @@ def test_a_phone_shows_all_of_it(address, browser, dark):
         ask(page, "What color is the circle?")
         wait_for_answer(page, "The circle is red.")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        # Streamlit may keep the one of the empty page for a moment.
-        box = page.get_by_test_id("stChatInput").last.bounding_box()
+        box = page.get_by_test_id("stChatInput").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 
 

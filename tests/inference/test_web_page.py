@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -12,19 +13,24 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+from streamlit.runtime.uploaded_file_manager import UploadedFileRec
 
+import inference.web.page as page_module
 import web_demo_vlm
 from common.errors import MissingFileError, UserError
 from inference.chat import MAX_QUESTION
 from inference.config import WebConfig
 from inference.web.conversation import Conversation, Picture, Task, Turn, describe_speed
-from inference.web.gallery import Galleries
+from inference.web.gallery import Example, Galleries
 from inference.web.looks import Look
+from inference.web.service import MOST_UPLOADED, MOST_WAITING, bound_uploads
 from inference.web.store import ConversationStore
 from inference.web.turns import describe_state
 from inference.web.visit import Visit
 from inference.web.words import say
 from model.weights import save_atomically, select_weights
+from scripts.docs.web_page import wait_for_page
 from tests.helpers import (
     TOKENIZER,
     assistant,
@@ -34,7 +40,6 @@ from tests.helpers import (
     small_model,
     start_script,
     user,
-    wait_for_page,
     write_rows,
 )
 
@@ -161,6 +166,7 @@ def test_it_answers_and_keeps_what_was_said(flags):
 def test_regenerate_edit_and_a_new_chat(flags):
     page = ask(open_page(*flags), "First?", ("a.png", PNG))
     ask(page, "Second?")
+    assert not page.chat_input[0].proto.set_value, "it was sent"
     button(page, "Regenerate").click().run()
     assert [text for text in texts(page) if text.endswith("?")] == ["First?", "Second?"]
     # an edited question takes the place of the old one, and what followed goes
@@ -177,6 +183,8 @@ def test_regenerate_edit_and_a_new_chat(flags):
 def test_what_is_wrong_stands_where_it_was_sent(flags):
     page = ask(open_page(*flags), "What?")
     assert say("no_picture") in texts(page)
+    assert "Regenerate" not in [button.label for button in page.button], "it cannot help"
+    assert page.chat_input[0].proto.value == "What?", "it need not be typed again"
     # an empty question is not sent, and its picture waits for the next one
     ask(page, "  ", ("a.png", PNG))
     assert texts(page)[-1] == say("blank") and len(page.get("image")) == 1
@@ -185,6 +193,8 @@ def test_what_is_wrong_stands_where_it_was_sent(flags):
     assert any("tokens/s" in text for text in texts(page))
     ask(page, "a" * MAX_QUESTION)
     assert say("question_too_long") in texts(page)
+    ask(page, "b" * (MAX_QUESTION + 1))
+    assert page.chat_input[0].proto.value == "b" * (MAX_QUESTION + 1)
     ask(page, "Still here?")
     assert not page.exception and len([text for text in texts(page) if "tokens/s" in text]) == 2
     assert any("gone.pth" in text for text in texts(open_page(*flags, "--weights", "gone.pth")))
@@ -256,7 +266,7 @@ def test_no_markdown_is_given_what_people_write(flags):
     assert texts(page).count(f"{names[1][:200]}: {say('image damaged')}") == 1
     elements = list(page.main)
     theirs = {element.type for element in elements if "leak" in str(element.proto)}
-    assert theirs <= {"text", "text_area"}, "all others read Markdown"
+    assert theirs <= {"text", "text_area", "chat_input"}, "all others read Markdown"
 
 
 def test_large_pictures_are_decoded_once_and_kept_small(flags, tmp_path):
@@ -285,7 +295,53 @@ print(opened.count(2), (peak - before) // 1024)
     assert n_opened == 2 and grown < 350
 
 
+def test_uploads_that_nobody_sends_are_bounded():
+    """By number for one visitor, by bytes for all of them."""
+    manager = MemoryUploadedFileManager("/upload")
+    bound_uploads(manager)
+
+    def add(visitor: str, n_bytes: int = 1) -> None:
+        # counted by what `len` says, so that no test needs a gigabyte
+        content = type("Content", (), {"__len__": lambda self: n_bytes})()
+        manager.add_file(visitor, UploadedFileRec(str(next(ids)), "a.png", "image/png", content))
+
+    ids = itertools.count()
+    for _ in range(MOST_WAITING):
+        add("first")
+    with pytest.raises(UserError, match="no room"):
+        add("first")
+    add("second", MOST_UPLOADED - MOST_WAITING)
+    with pytest.raises(UserError, match="no room"):
+        add("third")
+    # what is sent or given up makes room
+    manager.remove_session_files("first")
+    add("third")
+
+
 # Examples and conversations.
+
+
+def test_examples_come_in_without_another_line_to_write_in(flags, monkeypatch):
+    """It is drawn once while they are found, and once with all of them."""
+    kinds = ["color", "shape", "size", "count", "relation", "description"]
+
+    def find_slowly(config, entry):
+        for kind in kinds:
+            time.sleep(0.3)
+            yield Example(f"Which {kind}?", (Picture.open("a.png", picture()),), "", "en", kind)
+
+    draws, show_composer = [], page_module.show_composer
+    monkeypatch.setattr(web_demo_vlm, "find_examples", find_slowly)
+    monkeypatch.setattr(Galleries, "_is_right", lambda self, entry, example: True)
+    monkeypatch.setattr(
+        page_module, "show_composer", lambda visit: draws.append(1) or show_composer(visit)
+    )
+    # options that no other test has, for a service of its own
+    page = open_page(*flags, "--top_p", "0.9")
+    assert not page.exception and len(draws) <= 2
+    assert f"{say('examples')} {say('examples_checked')}" in texts(page)
+    cards = [element for element in page.main if "Which description?" in str(element.proto)]
+    assert cards and say("examples_tried") not in texts(page)
 
 
 def test_only_examples_that_are_answered_right_are_shown(tmp_path):
