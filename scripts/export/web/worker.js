@@ -64,20 +64,26 @@ const actions = {
   },
 };
 
-/** float32[1, n, dim] of token ids. */
+/** int64[1, n] of n numbers. */
+function whole(numbers) {
+  return new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
+}
+
+/** float32[1, n, dim] of n token ids. */
 async function embed(ids) {
-  const input_ids = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
-  return (await graphs.embed_tokens.run({ input_ids })).inputs_embeds;
+  return (await graphs.embed_tokens.run({ input_ids: whole(ids) })).inputs_embeds;
 }
 
 /** Run the decoder over embeddings, take the likeliest token, and say how far the answer is. */
 async function addToken(inputs_embeds) {
-  // one step; nothing is padding
-  state.length += inputs_embeds.dims[1];
-  const mask = new BigInt64Array(state.length).fill(1n);
+  // one step; positions count on, and nothing is padding
+  const n = inputs_embeds.dims[1];
+  const positions = Array.from({ length: n }, (_, i) => state.length + i);
+  state.length += n;
   const outputs = await graphs.decoder_model_merged.run({
     inputs_embeds,
-    attention_mask: new ort.Tensor("int64", mask, [1, state.length]),
+    attention_mask: whole(Array(state.length).fill(1)),
+    position_ids: whole(positions),
     ...state.cache,
   });
   for (const name of Object.keys(state.cache)) {
