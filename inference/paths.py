@@ -134,10 +134,13 @@ def read_scores(weights: Path) -> dict[str, Any]:
     Args:
         weights: NAME.pth, beside which NAME.scores.json may lie, or of the demo its report.
 
-    Returns some of exact (share of answers that are exactly right), cider, data (what it was
+    Returns some of exact (share of answers that are exactly right), exact_wrong_image and
+    exact_no_image (the same where other pictures were shown, or none), cider, data (what it was
     measured on), questions (how many), date.
     """
     kinds = {"exact": float | int, "cider": float | int, "data": str, "questions": int, "date": str}
+    others = {"exact_wrong_image": "accuracy_wrong_image", "exact_no_image": "accuracy_no_image"}
+    kinds |= dict.fromkeys(others, float | int)
     path = weights.with_suffix(".scores.json")
     reports = {"sft_vlm_128": "report.json", "sft_vlm_multi_128": "report_multi.json"}
     is_report = not path.is_file() and weights.stem in reports
@@ -149,7 +152,10 @@ def read_scores(weights: Path) -> dict[str, Any]:
             return {}
         scores = read_json(path)
         if is_report:
-            scores = {"exact": scores["accuracy"]["overall"], "data": "eval.jsonl"}
+            names = {"exact": "accuracy", **others}
+            found = {ours: scores[it] for ours, it in names.items() if it in scores}
+            scores = {name: accuracy["overall"] for name, accuracy in found.items()}
+            scores["data"] = "eval.jsonl"
     # A score is only shown: a damaged one keeps nobody from the model.
     except (UserError, OSError, KeyError, TypeError):
         return {}

@@ -333,19 +333,26 @@ def show_markdown(title: str, reports: dict[str, dict]) -> str:
     return "\n".join([f"**{title}**", "", *rows, "", explain_scores(reports), ""])
 
 
-def save_score(weights: Path, data: str, report: dict) -> None:
+def save_score(weights: Path, data: str, reports: dict[str, dict]) -> None:
     """Leave the score beside the weights, as NAME.scores.json, where the web page shows it.
 
     Args:
         weights: the file or directory that was asked.
         data: name of what it was asked about.
-        report: with the right images.
+        reports: by the choice of images; "right" is among them.
     """
+    report = reports["right"]
     score = {
         "exact": report["accuracy"][OVERALL],
         "data": data,
         "questions": report["questions"],
         "date": date.today().isoformat(),
+    }
+    others = {"wrong": "exact_wrong_image", "none": "exact_no_image"}
+    score |= {
+        name: reports[images]["accuracy"][OVERALL]
+        for images, name in others.items()
+        if images in reports
     }
     ciders = [
         scores["CIDEr-D"] for scores in report.get("metrics", {}).values() if "CIDEr-D" in scores

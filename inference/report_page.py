@@ -92,7 +92,7 @@ def save_reports(
     print(f"report: {path}")
     name = " ".join(Path(file).name for file in data)
     if "right" in reports:
-        save_score(weights, name, reports["right"])
+        save_score(weights, name, reports)
 
     # for people
     if is_full:
