@@ -33,6 +33,11 @@ class ExportConfig:
         "folder with the packages of the web page, as `npm pack` fetches them; if not given, npm "
         "is asked for them once",
     )
+    gguf_class_token: Literal["first", "last", "none"] = option(
+        "first",
+        "where the class token of CLIP is in GGUF files: first is right once llama.cpp's bug "
+        "#25814 is fixed, last is for llama.cpp as it is now, none leaves it out (docs/export.md)",
+    )
 
     def __post_init__(self):
         check_options(self)
