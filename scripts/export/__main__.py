@@ -2,6 +2,7 @@
 
 python -m scripts.export out/demo/sft_vlm_128.pth --to transformers --out exported
 python -m scripts.export out/demo/sft_vlm_128.pth --to transformers onnx gguf web --out exported
+python -m scripts.export out/demo/sft_vlm_128.pth --push_to_hub OWNER/NAME
 
 The folder is a transformers directory, and what a model page of a hub shows. ONNX graphs are in
 onnx/, GGUF files in gguf/, a web page in web/. It appears when all is written.
@@ -59,6 +60,13 @@ def main() -> None:
             import_module(f"scripts.export.{WRITERS[name]}").write(vlm, folder, config)
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {path}")
+
+    # upload
+    if config.push_to_hub:
+        from scripts.export.push import push
+
+        print(f"uploading to {config.push_to_hub} on {config.hub}", flush=True)
+        print(f"page: {push(out, config.push_to_hub, config.hub)}")
 
 
 if __name__ == "__main__":

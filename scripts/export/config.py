@@ -1,8 +1,10 @@
 """What `python -m scripts.export` can be told."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from common.errors import UserError
 from common.flags import check_options, option
 
 FORMATS = ("transformers", "onnx", "gguf", "web")
@@ -39,8 +41,19 @@ class ExportConfig:
         "#25814 is fixed, last is for llama.cpp as it is now, none leaves it out (docs/export.md)",
     )
 
+    push_to_hub: str | None = option(
+        None, "OWNER/NAME: upload the folder there when it is written; if not given, nowhere"
+    )
+    hub: Literal["huggingface", "modelscope"] = option(
+        "huggingface", "where --push_to_hub uploads to, with the login of that hub's own client"
+    )
+
     def __post_init__(self):
         check_options(self)
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise UserError(
+                f"--push_to_hub {self.push_to_hub!s:.100} is no repository: give it as OWNER/NAME"
+            )
 
     @property
     def formats(self) -> list[str]:

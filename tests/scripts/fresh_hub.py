@@ -1,4 +1,4 @@
-"""`python -m scripts.download` in a warm process (tests/preload.py) with a fresh huggingface_hub.
+"""`python -m MODULE` in a warm process (tests/preload.py) with a fresh huggingface_hub.
 
 The client reads its environment when it is imported, and transformers has imported it already.
 """
@@ -8,4 +8,5 @@ import sys
 
 for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
     del sys.modules[name]
-runpy.run_module("scripts.download", run_name="__main__", alter_sys=True)
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,5 +1,6 @@
 """A hub on this machine that answers both clients as the real ones do, and fails on request."""
 
+import base64
 import hashlib
 import json
 import re
@@ -33,6 +34,9 @@ class HubServer:
     are listed but answered with 404, `replaced` ones served with other bytes, `sizes` are listed in
     place of the true ones. With `portal`, a page of text answers everything. `requests` are the
     files that were asked for, in order.
+
+    Files can be uploaded to either hub: small ones in the commit, large ones as Git LFS does it.
+    That takes the token `writer`; any other is answered with 401.
     """
 
     def __init__(self):
@@ -44,6 +48,8 @@ class HubServer:
         self.replaced: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
         self.portal = False
+        self.writer = "hf_secret"
+        self.blobs: dict[str, bytes] = {}  # SHA-256 -> large files that wait for their commit
         self.requests: list[Request] = []
         self.sent: dict[str, int] = {}  # bytes of each file's last answer
         self.resume = threading.Event()
@@ -70,6 +76,9 @@ class HubServer:
             "HF_HOME": str(home / "hf"),
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": "hf_secret",
+            # Large files over HTTP.
+            "HF_HUB_DISABLE_XET": "1",
+            "MODELSCOPE_API_TOKEN": "hf_secret",
             "MODELSCOPE_DOMAIN": here,
             "MODELSCOPE_HOME": str(home / "ms"),
             "MODELSCOPE_CACHE": str(home / "ms_cache"),
@@ -108,6 +117,85 @@ class _Handler(BaseHTTPRequestHandler):
             if found := re.fullmatch(pattern, path):
                 return answer(*found.groups())
         return self.send_json({"error": f"no such page: {path}"}, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.hub.portal:
+            return self.send_body(b"<html>Please log in.</html>", "text/html")
+        if self.hub.writer not in self.headers.get("Authorization", ""):
+            return self.send_json({"error": "Invalid username or password."}, 401)
+        answers = (
+            (r"/api/validate-yaml", lambda: self.send_json({"errors": [], "warnings": []})),
+            (r"/api/repos/create", lambda: self.create(body)),
+            (r"/api/v1/models", lambda: self.create(body)),
+            (r"/api/models/([^/]+/[^/]+)/preupload/main", lambda _: self.preupload(body)),
+            (r"/(.+/.+)/info/lfs/objects/batch", lambda _: self.offer_places(body)),
+            (r"/api/models/([^/]+/[^/]+)/commit/main", lambda repo: self.commit(repo, body)),
+            (
+                r"/api/v1/repos/models/([^/]+/[^/]+)/commit/master",
+                lambda repo: self.commit_modelscope(repo, body),
+            ),
+        )
+        for pattern, answer in answers:
+            if found := re.fullmatch(pattern, unquote(urlsplit(self.path).path)):
+                return answer(*found.groups())
+        return self.send_json({"error": f"no such page: {self.path}"}, 404)
+
+    def do_PUT(self) -> None:
+        """A large file comes to the place that was offered, the name of its digest."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        digest = hashlib.sha256(content).hexdigest()
+        self.hub.blobs[digest] = content
+        self.send_json({"Code": 200}, 200 if self.path == f"/blobs/{digest}" else 400)
+
+    def create(self, body: bytes) -> None:
+        facts = json.loads(body)
+        owner = facts.get("organization") or facts.get("Owner") or facts.get("Path")
+        name = f"{owner}/{facts.get('name') or facts.get('Name')}"
+        url = f"http://127.0.0.1:{self.hub.port}/{name}"
+        if ("model", name) in self.hub.repos:
+            return self.send_json({"error": "You already created this repo", "url": url}, 409)
+        self.hub.repos["model", name] = {}
+        return self.send_json({"url": url, "Code": 200, "Data": {}, "Success": True})
+
+    def preupload(self, body: bytes) -> None:
+        files = [
+            {"path": file["path"], "shouldIgnore": False, "uploadMode": mode}
+            for file in json.loads(body)["files"]
+            for mode in ["lfs" if file["size"] >= LARGE else "regular"]
+        ]
+        self.send_json({"files": files})
+
+    def offer_places(self, body: bytes) -> None:
+        """Git LFS: where each large file can be put."""
+        objects = [
+            {**one, "actions": {"upload": {"href": self.blob_url(one["oid"])}}}
+            for one in json.loads(body)["objects"]
+        ]
+        answer = {"transfer": "basic", "objects": objects}
+        self.send_json(answer | {"Code": 200, "Data": answer, "Success": True})
+
+    def blob_url(self, digest: str) -> str:
+        return f"http://127.0.0.1:{self.hub.port}/blobs/{digest}"
+
+    def commit(self, repo: str, body: bytes) -> None:
+        files = self.hub.repos["model", repo]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        url = f"http://127.0.0.1:{self.hub.port}/{repo}/commit/{COMMIT}"
+        self.send_json({"commitUrl": url, "commitOid": COMMIT})
+
+    def commit_modelscope(self, repo: str, body: bytes) -> None:
+        for action in json.loads(body)["actions"]:
+            is_large = action["type"] == "lfs"
+            content = self.hub.blobs[action["sha256"]] if is_large else action["content"]
+            content = content if is_large else base64.b64decode(content)
+            self.hub.repos["model", repo][action["path"]] = content
+        self.send_json({"Code": 200, "Data": {"oid": COMMIT}, "Success": True})
 
     def listed(self, kind: str, repo: str) -> list[tuple[str, bytes, int]]:
         files = self.hub.repos[kind, repo]
@@ -175,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def send_file(self, kind: str, repo: str, name: str) -> None:

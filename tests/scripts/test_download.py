@@ -40,7 +40,7 @@ def download(hub, tmp_path):
     def run(*args, **env):
         env = hub.env(tmp_path / "home") | env
         flags = ["--root", tmp_path / "root", *args]
-        return run_script("-m", "tests.scripts.fresh_hub", *flags, env=env)
+        return run_script("-m", "tests.scripts.fresh_hub", "scripts.download", *flags, env=env)
 
     return run
 
