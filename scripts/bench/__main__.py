@@ -10,6 +10,8 @@
     python -m scripts.bench photos --flickr8k FOLDER --tokenizer FOLDER
     python -m scripts.bench busy            # on a CPU that other programs use too
     python -m scripts.bench attention       # does a model look at what it speaks about?
+    python -m scripts.bench serve --exported FOLDER     # our server, and that of transformers
+    python -m scripts.bench formats         # what an exported model runs in: speed, same answers
 
 A table is printed as it grows; out/bench.json keeps the newest of each kind.
 """
@@ -25,8 +27,22 @@ from common.flags import program_name
 from scripts.download.items import LAYERS
 
 # Each is a module beside this one with `measure(args)`, which prints its rows and returns them.
-SUBJECTS = ("train", "decode", "quality", "rows", "parquet", "clean", "photos", "busy", "attention")
+SUBJECTS = (
+    "train",
+    "decode",
+    "quality",
+    "rows",
+    "parquet",
+    "clean",
+    "photos",
+    "busy",
+    "attention",
+    "formats",
+    "serve",
+)
 RESULTS = Path("out/bench.json")
+# Of formats.
+TOOLS = ("PyTorch", "transformers", "onnxruntime", "llama.cpp", "browser", "endpoint")
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,9 +84,23 @@ def parse_args() -> argparse.Namespace:
         help="of training; levers: the published one with one part of ours (default: all)",
     )
 
+    # of serve
+    served = "transformers directory (default: the demo's model, exported)"
+    add("--exported", type=Path, help=f"for serve: {served}")
+    at_once = "for serve: clients at once (default: 1 8 16 32)"
+    add("--clients", nargs="+", type=int, default=[1, 8, 16, 32], help=at_once)
+
     languages = ("en", "zh")
     captions = "of the captions of photos (default: both)"
     add("--languages", nargs="+", choices=languages, default=languages, help=captions)
+
+    # of formats
+    demo = "model/demo/sft_vlm_128.pth"
+    add("--weights", default=demo, help="the model to export (default: the demo's)")
+    add("--tools", nargs="+", choices=TOOLS, default=TOOLS, help="that are asked (default: all)")
+    add("--data", type=Path, help=".jsonl file of questions; drawn scenes if not given")
+    add("--images", type=Path, help="folder of its pictures; the file's own if not given")
+    add("--questions", type=int, default=200, help="how many are asked (default: 200)")
 
     # how much of each
     add("--batch_size", type=int, help="samples in a batch; as published if not given")
