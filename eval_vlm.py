@@ -44,7 +44,7 @@ def main() -> None:
     from inference.quantize import count_weights
 
     vlm = load_vlm(**model)
-    n_weights, device = count_weights(vlm.model), vlm.model.tok_embeddings.weight.device
+    n_weights, device = count_weights(vlm.model.config), vlm.model.tok_embeddings.weight.device
     threads = f" with {describe_threads()}" if device.type == "cpu" else ""
     print(
         f"model: {vlm.weights}, {n_weights / 1e6:.2f} M parameters without the vision encoder, "

@@ -9,7 +9,8 @@ from common.errors import UserError
 from common.flags import NO_MOE, PublishedFlag, check_options, option
 from model.files import OUT_DIR, TOKENIZER_PATH, VISION_MODEL_PATH
 
-DTYPES = ("float32", "float16", "int8")
+# Of the language model's weights, by what runs it.
+DTYPES = {"torch": ("float32", "float16", "int8"), "onnx": ("float32", "int8", "int4")}
 # Of a picture that is sent to the web page.
 MAX_UPLOAD_MB = 20
 
@@ -62,9 +63,15 @@ class AskConfig:
         "folder of the vision encoder; if not given, the one the model was trained with, or "
         f"{VISION_MODEL_PATH}",
     )
-    dtype: Literal["float32", "float16", "int8"] = option(
+    backend: Literal["torch", "onnx"] = option(
+        "torch",
+        "what runs the model; onnx: onnxruntime, fastest on a CPU, for the folder that `python -m "
+        "scripts.export MODEL --to onnx` writes",
+    )
+    dtype: Literal["float32", "float16", "int8", "int4"] = option(
         "float32",
-        "number format of the language model's weights; the small ones answer faster, on a CPU",
+        "number format of the language model's weights; the small ones answer faster, on a CPU "
+        "(float16 only with --backend torch, int4 only with onnx)",
     )
     device: str | None = option(
         None, "cpu, cuda, cuda:1, mps, xpu; a GPU if there is one, if not given"
@@ -88,6 +95,7 @@ class AskConfig:
 
     def __post_init__(self):
         check_options(self)
+        check_dtype(self.backend, self.dtype)
         if self.top_p == 0:
             raise UserError(f"--top_p is {self.top_p}: it has to be above 0 and at most 1")
 
@@ -183,6 +191,10 @@ class EvalConfig(AskConfig):
             raise UserError("--metrics measures answers to --data: pass --data, or leave it out")
         if self.data and self.chat:
             raise UserError("--data measures answers and --chat asks for questions: leave one out")
+        if self.attention is not None and self.backend != "torch":
+            raise UserError(
+                "--attention looks into the network: leave it out, or pass --backend torch"
+            )
         if self.attention is not None and (self.data or self.chat):
             other = "--data" if self.data else "--chat"
             raise UserError(f"--attention draws answers about --image: leave it or {other} out")
@@ -205,6 +217,16 @@ class EvalConfig(AskConfig):
         default = 0.0 if self.data else AskConfig.temperature
         given = self.temperature
         return super().sampling | {"temperature": default if given is None else given}
+
+
+def check_dtype(backend: str, dtype: str) -> None:
+    """UserError for a backend that there is not, or a dtype that it has not."""
+    if backend not in DTYPES:
+        raise UserError(f"--backend is {backend}: choose from {', '.join(DTYPES)}")
+    if dtype not in DTYPES[backend]:
+        raise UserError(
+            f"--dtype is {dtype}: with --backend {backend} choose from {', '.join(DTYPES[backend])}"
+        )
 
 
 def check_output(flag: str, name: str, suffix: str, inputs: list[str]) -> None:

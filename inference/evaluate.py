@@ -248,15 +248,15 @@ class Evaluation:
                 batch_first=True,
                 padding_value=IGNORE_INDEX,
             )
-            embeddings = model.tok_embeddings(labels[:, :-1].clamp(min=0).to(device))
-            hidden = embeddings  # (B, T - 1, dim)
-            if hidden.shape[1]:
-                hidden = model.run_layers(embeddings, attention_mask, cache)
+            logits = first[:, None]  # (B, 1, vocab_size)
+            if labels.shape[1] > 1:
+                embeddings = model.tok_embeddings(labels[:, :-1].clamp(min=0).to(device))
+                after = model.predict(embeddings, attention_mask, cache)
+                logits = torch.cat((logits, after), dim=1)  # (B, T, vocab_size)
             for row, label in enumerate(labels):
                 label = label[label != IGNORE_INDEX]
-                after = model.output(hidden[row, : max(0, len(label) - 1)])
-                logits = torch.cat((first[row, None], after))[: len(label)]  # (T, vocab_size)
-                nats[row] += F.cross_entropy(logits.float(), label.to(device), reduction="sum")
+                own = logits[row, : len(label)].float()
+                nats[row] += F.cross_entropy(own, label.to(device), reduction="sum")
                 n_labels[row] += len(label)
             cache.rewind(n_prompt)
         return list(zip(nats.tolist(), n_labels))

@@ -46,9 +46,8 @@ def prefill(
     Returns float[B, vocab_size], the logits of the first new token.
     """
     embeddings = model.embed(input_ids, pixel_values, image_features)
-    hidden = model.run_layers(embeddings, attention_mask, cache)
     # Only the last position says what comes next.
-    return model.output(hidden[:, -1])
+    return model.predict(embeddings, attention_mask, cache, n_last=1)[:, -1]
 
 
 def decode_one_token(
@@ -65,8 +64,7 @@ def decode_one_token(
     Returns float[B, vocab_size], the logits of the next token.
     """
     embeddings = model.tok_embeddings(token[:, None])  # (B, 1, dim)
-    hidden = model.run_layers(embeddings, attention_mask, cache)
-    return model.output(hidden[:, -1])
+    return model.predict(embeddings, attention_mask, cache)[:, -1]
 
 
 def sample(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.device import choose_device
 from common.errors import UserError
 from inference.chat import Chat
-from inference.config import DTYPES
+from inference.config import check_dtype
+from inference.onnx_files import find_graphs
 from inference.paths import ModelFiles, find_model_files
 from inference.quantize import quantize
 from model.LMConfig import VLMConfig
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers.image_processing_utils import BaseImageProcessor
 
+    from inference.onnx_model import OnnxVLM
+
 # Sizes of the vision encoder in the JSON beside a weights file.
 VISION_SIZES = ("vision_dim", "n_image_tokens")
 
@@ -30,12 +34,12 @@ class VLM:
     """A model that is ready to answer; `load_vlm` makes it.
 
     Attributes:
-        model: the network, in eval mode on its device.
+        model: the network, in eval mode on its device; with the onnx backend an OnnxVLM.
         processor: turns questions and pictures into what the network takes.
         weights: the file or directory they were loaded from.
     """
 
-    def __init__(self, model: MiniMindVLM, processor: VLMProcessor, weights: Path):
+    def __init__(self, model: MiniMindVLM | OnnxVLM, processor: VLMProcessor, weights: Path):
         self.model, self.processor, self.weights = model, processor, weights
 
     def ask(
@@ -93,6 +97,7 @@ def load_vlm(
     n_layers: int | None = None,
     max_seq_len: int | None = None,
     device: str | None = None,
+    backend: str = "torch",
     dtype: str = "float32",
 ) -> VLM:
     """Load a trained model.
@@ -114,28 +119,34 @@ def load_vlm(
         n_layers: number of transformer layers, likewise.
         max_seq_len: most tokens of prompt and answer together.
         device: cpu, cuda, cuda:1, mps, xpu; a GPU if there is one, if not given.
-        dtype: number format of the language model's weights: float32, float16 or int8. The small
-            ones answer faster, on a CPU.
+        backend: what runs the model: torch, or onnx (onnxruntime), which is the fastest on a CPU
+            and needs the folder that `python -m scripts.export MODEL --to onnx` writes.
+        dtype: number format of the language model's weights: float32, float16 or int8, with onnx
+            float32, int8 or int4. The small ones answer faster, on a CPU.
 
     MissingFileError where a file is missing, UserError where parts do not fit together.
     """
     # files, before anything is loaded
+    check_dtype(backend, dtype)
     files = find_model_files(weights, tokenizer, vision_model, dim)
-    device = choose_device(device)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype}: choose from {', '.join(DTYPES)}")
-    if dtype != "float32" and device.type != "cpu":
-        raise UserError(
-            f"--dtype {dtype} is for the CPU, not for {device}: leave it out or pass --device cpu"
-        )
+    device = choose_device("cpu" if backend == "onnx" and device is None else device)
+    for flag, value, default in (("dtype", dtype, "float32"), ("backend", backend, "torch")):
+        if value != default and device.type != "cpu":
+            raise UserError(
+                f"--{flag} {value} is for the CPU, not for {device}: leave it out or pass "
+                "--device cpu"
+            )
 
     # the network
     tokenizer = load_tokenizer(files.tokenizer)
     load = load_directory if files.weights.is_dir() else load_file
+    if backend == "onnx":
+        load = partial(load_graphs, dtype=dtype)
     model, image_processor = load(files, len(tokenizer), dim, n_layers, max_seq_len)
 
     # its dtype and its device
-    quantize(model, dtype)
+    if backend == "torch":
+        quantize(model, dtype)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -192,15 +203,49 @@ def load_directory(
     model, image_processor = load_transformers_directory(
         files.weights, files.vision_model, max_seq_len
     )
-    check_size("dim", dim, model.config.dim, files.weights)
-    check_size("n_layers", n_layers, model.config.n_layers, files.weights)
-    # An exported tokenizer also holds <image>.
-    if model.config.vocab_size not in (vocab_size, vocab_size - 1):
+    check_directory(model.config, files, vocab_size, dim, n_layers)
+    return model, image_processor
+
+
+def load_graphs(
+    files: ModelFiles,
+    vocab_size: int,
+    dim: int | None,
+    n_layers: int | None,
+    max_seq_len: int | None,
+    *,
+    dtype: str,
+) -> tuple[OnnxVLM, BaseImageProcessor]:
+    """The same for the graphs in an exported folder."""
+    folder = files.weights
+    find_graphs(folder, dtype)
+    from inference.onnx_model import OnnxVLM
+    from model.llava import read_directory_config
+
+    config, image_processor = read_directory_config(folder)
+    check_directory(config, files, vocab_size, dim, n_layers)
+    # The graph has the angles of so many positions.
+    if max_seq_len is not None and max_seq_len > config.max_seq_len:
         raise UserError(
-            f"{files.weights} knows {model.config.vocab_size} tokens but the tokenizer "
+            f"--max_seq_len is {max_seq_len} but {folder} was exported for "
+            f"{config.max_seq_len}: pass at most that"
+        )
+    config.max_seq_len = max_seq_len or config.max_seq_len
+    return OnnxVLM(config, folder, dtype), image_processor
+
+
+def check_directory(
+    config: VLMConfig, files: ModelFiles, vocab_size: int, dim: int | None, n_layers: int | None
+) -> None:
+    """UserError where a directory has other sizes than the user says or the tokenizer has."""
+    check_size("dim", dim, config.dim, files.weights)
+    check_size("n_layers", n_layers, config.n_layers, files.weights)
+    # An exported tokenizer also holds <image>.
+    if config.vocab_size not in (vocab_size, vocab_size - 1):
+        raise UserError(
+            f"{files.weights} knows {config.vocab_size} tokens but the tokenizer "
             f"{files.tokenizer} has {vocab_size}: pass the --tokenizer it was trained with"
         )
-    return model, image_processor
 
 
 def check_eyes(weights: Iterable[str], path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from common.errors import MissingFileError, UserError
 from inference.config import DTYPES, AskConfig
+from inference.onnx_files import find_graphs
 from model.files import (
     DEFAULT_DIM,
     TOKENIZER_PATH,
@@ -26,6 +27,9 @@ from model.files import (
 
 # What a folder of weights is searched for, the best first.
 PREFERRED_NAMES = [WEIGHTS_NAMES[mode] for mode in (1, 2, 0)]
+
+# Options that say how a model is run.
+RUN_OPTIONS = ("max_seq_len", "device", "backend", "dtype")
 
 # Where weights of the demo are.
 DEMO_FOLDERS = (Path("out/demo"), Path("model/demo"))
@@ -45,10 +49,12 @@ class ModelFiles(NamedTuple):
 
 def find_model(config: AskConfig) -> dict[str, Any]:
     """The arguments of `load_vlm` that the flags mean. MissingFileError where a file is missing."""
-    names = ("tokenizer", "vision_model", "dim", "n_layers", "max_seq_len", "device", "dtype")
+    names = ("tokenizer", "vision_model", "dim", "n_layers", *RUN_OPTIONS)
     options = {name: getattr(config, name) for name in names}
     weights = choose_weights(config)
-    find_model_files(weights, config.tokenizer, config.vision_model, config.dim)
+    files = find_model_files(weights, config.tokenizer, config.vision_model, config.dim)
+    if config.backend == "onnx":
+        find_graphs(files.weights, config.dtype)
     return {"weights": weights, **options}
 
 
@@ -56,7 +62,7 @@ def choose_weights(config: AskConfig) -> Path:
     """The path that --weights names, or --load, --out_dir and --model_mode, and --dim if given."""
     if config.weights is not None:
         # What --weights meant once.
-        if config.weights in DTYPES and not Path(config.weights).exists():
+        if config.weights in DTYPES["torch"] and not Path(config.weights).exists():
             raise UserError(
                 f"--weights names a file, but there is no {config.weights}: the number format is "
                 f"--dtype {config.weights}"

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.LMConfig import VLMConfig
 from model.model_lm import MiniMindLM
+from model.model_vlm import MiniMindVLM
 
 # Up to this number of rows a product takes as long as reading the weights.
 FEW_ROWS = 8
@@ -70,15 +72,9 @@ def quantize(model: MiniMindLM, dtype: str) -> None:
     model.output = WeightOnlyLinear(model.output, dtype)
 
 
-def count_weights(model: MiniMindLM) -> int:
-    """Number of weights of any dtype, without the vision encoder.
-
-    The output head does not count: its weights are the embeddings.
-    """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return sum(
-        tensor.numel()
-        for name, tensor in tensors.items()
-        if not name.startswith(("vision_encoder.", "output."))
-        and name.endswith(("weight", "bias", "quantized"))
-    )
+def count_weights(config: VLMConfig) -> int:
+    """Number of weights of a model, however they are stored, without the vision encoder."""
+    with torch.device("meta"):
+        model = MiniMindVLM(config)
+    # The output head does not count: its weights are the embeddings.
+    return sum(weight.numel() for weight in model.parameters())

@@ -90,6 +90,14 @@ class LMConfig(PretrainedConfig):
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    def check_length(self, length: int) -> None:
+        """UserError for more than max_seq_len tokens."""
+        if length > self.max_seq_len:
+            raise UserError(
+                f"{length} tokens are more than the model's max_seq_len of {self.max_seq_len}: "
+                "shorten the input"
+            )
+
     def language_sizes(self) -> dict[str, int | float]:
         """The arguments that make the same language model again; plain numbers, for JSON."""
         return {name: getattr(self, name) for name in size_names(LMConfig)}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -34,6 +34,7 @@ from model.vision_families import find_family
 from model.weights import build_with_weights, load_weights, read_weights
 
 if TYPE_CHECKING:
+    from transformers import LlavaConfig
     from transformers.image_processing_utils import BaseImageProcessor
 
 # How LLaVA's names begin.
@@ -206,12 +207,9 @@ def load_transformers_directory(
     with refusing_folder("model", folder):
         facts = read_json(folder / "config.json")
         if facts.get("model_type") == "llava":
-            vision_config, _ = read_vision_config(facts.get("vision_config"))
-            image_processor = load_own_processor(folder, vision_config)
-            image_size = picture_side(image_processor)
-            config = read_llava_config(facts, vision_config, image_size, max_seq_len)
+            config, image_processor = read_llava_directory(folder, facts, max_seq_len)
             llava = build(LlavaForConditionalGeneration, config, read_folder_weights(folder))
-            return from_llava(llava, image_size), image_processor
+            return from_llava(llava, picture_side(image_processor)), image_processor
 
     # transformers' own entries of the file are no sizes
     sizes = {name: facts[name] for name in size_names(LMConfig) if facts.get(name) is not None}
@@ -223,3 +221,34 @@ def load_transformers_directory(
     if not file.is_file():
         file = folder / "pytorch_model.bin"
     return build_with_weights(config, vision_encoder, read_weights(file), file), image_processor
+
+
+def read_llava_directory(
+    folder: Path, facts: dict, max_seq_len: int | None = None
+) -> tuple[LlavaConfig, BaseImageProcessor]:
+    """Sizes of a LLaVA and its image processor, without its weights.
+
+    Args:
+        folder: the directory.
+        facts: its config.json.
+        max_seq_len: most tokens of a sequence; that of the directory if not given.
+    """
+    vision_config, _ = read_vision_config(facts.get("vision_config"))
+    image_processor = load_own_processor(folder, vision_config)
+    side = picture_side(image_processor)
+    return read_llava_config(facts, vision_config, side, max_seq_len), image_processor
+
+
+def read_directory_config(folder: Path) -> tuple[VLMConfig, BaseImageProcessor]:
+    """Sizes of the MiniMind-V in a directory made by `to_llava`, and its image processor."""
+    with refusing_folder("model", folder):
+        config, image_processor = read_llava_directory(folder, read_json(folder / "config.json"))
+        eyes = EncoderShape(config.image_seq_length, config.vision_config.hidden_size)
+        return minimind_config(config, eyes), image_processor
+
+
+class EncoderShape(NamedTuple):
+    """All that a configuration says of a vision encoder that is not here."""
+
+    n_patches: int
+    width: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from transformers import LlamaConfig, LlavaConfig
@@ -93,7 +94,8 @@ def llava_config(
         eos_token_id=2,
     )
     return LlavaConfig(
-        vision_config=vision_config,
+        # A copy: transformers writes into what it is given, which may be that of a model.
+        vision_config=copy.deepcopy(vision_config),
         text_config=text_config,
         image_token_index=config.vocab_size,
         image_seq_length=config.n_image_tokens,

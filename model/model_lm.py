@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import UserError
 from model.LMConfig import LMConfig
 
 
@@ -273,11 +272,7 @@ class MiniMindLM(nn.Module):
         # how long rows are, with the new tokens
         n_new = embeddings.shape[1]
         length = n_new if cache is None else cache.length + n_new
-        if length > self.config.max_seq_len:
-            raise UserError(
-                f"{length} tokens are more than the model's max_seq_len of "
-                f"{self.config.max_seq_len}: shorten the input"
-            )
+        self.config.check_length(length)
 
         # positions: where the new tokens are among those that attention looks at
         if cache is None:

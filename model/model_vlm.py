@@ -71,6 +71,51 @@ def find_image_tokens(
     return is_image.nonzero().squeeze(-1)
 
 
+def locate_images(
+    input_ids: torch.Tensor,
+    n_images: int,
+    config: VLMConfig,
+    image_token_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Flat indices (into B*T) of the tokens of `n_images` images.
+
+    Args:
+        input_ids: int64[B, T].
+        n_images: that came with the text.
+        config: says which tokens, and how many for an image.
+        image_token_indices: what `find_image_tokens` found, if it was called already.
+
+    UserError if the text has tokens for more or fewer images.
+    """
+    n_image_tokens = config.n_image_tokens
+    if image_token_indices is None:
+        image_token_indices = find_image_tokens(input_ids, config.image_token_id, n_image_tokens)
+    n_expected = len(image_token_indices) // n_image_tokens
+    if n_expected != n_images:
+        raise UserError(
+            f"the text has tokens for {n_expected} images ({n_image_tokens} each) but "
+            f"{n_images} images came with it: give one image for each"
+        )
+    return image_token_indices
+
+
+def insert_patches(
+    embeddings: torch.Tensor, patches: torch.Tensor, image_token_indices: torch.Tensor
+) -> torch.Tensor:
+    """Put projected patches in the place of image tokens, one write for all images.
+
+    Args:
+        embeddings: float[B, T, dim].
+        patches: float[k, n_image_tokens, dim].
+        image_token_indices: int64[k * n_image_tokens], see `locate_images`.
+
+    Returns float[B, T, dim].
+    """
+    rows = patches.flatten(0, 1).to(embeddings.dtype)  # (k * n_image_tokens, dim)
+    flat = embeddings.flatten(0, 1)  # (B * T, dim)
+    return flat.index_copy(0, image_token_indices, rows).view_as(embeddings)  # (B, T, dim)
+
+
 class MiniMindVLM(MiniMindLM):
     """The language model with eyes.
 
@@ -125,19 +170,8 @@ class MiniMindVLM(MiniMindLM):
         embeddings = self.tok_embeddings(input_ids)
 
         # count the images on both sides
-        n_image_tokens = self.config.n_image_tokens
-        if image_token_indices is None:
-            image_token_indices = find_image_tokens(
-                input_ids, self.config.image_token_id, n_image_tokens
-            )
-        n_expected = len(image_token_indices) // n_image_tokens
         n_images = 0 if image_features is None else len(image_features)
-        if n_expected != n_images:
-            raise UserError(
-                f"the text has tokens for {n_expected} images ({n_image_tokens} each) but "
-                f"{n_images} images came with it: give one image for each"
-            )
-
+        indices = locate_images(input_ids, n_images, self.config, image_token_indices)
         if n_images == 0:
             # The projector takes part in text-only batches too: DDP waits for all its gradients.
             if self.training:
@@ -145,12 +179,27 @@ class MiniMindVLM(MiniMindLM):
                 embeddings = embeddings + 0.0 * self.vision_proj(no_patch).sum()
             return embeddings
 
-        # one write for all images
         projector = self.vision_proj.vision_proj[0]
         patches = self.vision_proj(image_features.to(projector.weight.dtype))
-        rows = patches.flatten(0, 1).to(embeddings.dtype)  # (k * n_image_tokens, dim)
-        flat = embeddings.flatten(0, 1)  # (B * T, dim)
-        return flat.index_copy(0, image_token_indices, rows).view_as(embeddings)  # (B, T, dim)
+        return insert_patches(embeddings, patches, indices)
+
+    def predict(
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        n_last: int | None = None,
+    ) -> torch.Tensor:
+        """Logits of what comes after embedded tokens.
+
+        Args:
+            embeddings, attention_mask, cache: see `run_layers`.
+            n_last: only those after so many of the last tokens; all if not given.
+
+        Returns float[B, n_last or T, vocab_size].
+        """
+        hidden = self.run_layers(embeddings, attention_mask, cache)
+        return self.output(hidden if n_last is None else hidden[:, -n_last:])
 
     def forward(
         self,

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from inference.config import WebConfig
-from inference.paths import choose_weights, find_model_files, list_model_paths, read_scores
+from inference.paths import (
+    RUN_OPTIONS,
+    choose_weights,
+    find_model_files,
+    list_model_paths,
+    read_scores,
+)
 from model.files import is_demo_encoder
 
 if TYPE_CHECKING:
@@ -188,7 +194,7 @@ class ModelShelf:
         # load
         from inference.load import load_vlm
 
-        names = ("tokenizer", "vision_model", "max_seq_len", "device", "dtype")
+        names = ("tokenizer", "vision_model", *RUN_OPTIONS)
         options = {name: getattr(self.config, name) for name in names}
         try:
             self._open[key] = OpenModel(load_vlm(entry.path, **options))
