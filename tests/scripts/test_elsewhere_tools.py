@@ -1,0 +1,175 @@
+"""docs/export.md: what it tells people to paste works as it stands."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from inference import load_vlm
+from scripts.bench.format_tools import BROWSERS, open_page
+from tests.helpers import ROOT, free_port, run_script
+
+PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+# A block of code with the paragraph before it and the one behind it.
+BLOCK = re.compile(r"((?:^\S.*\n)*)\n((?:^    .*\n|(?<=\n)\n(?=    ))+)(?=\n((?:^\S.*\n)*))", re.M)
+MODEL, PICTURE = ROOT / "model/demo/sft_vlm_128.pth", ROOT / "dataset/eval_images/scene-3.png"
+QUESTION, ANSWER = "What color is the square?", "The square is yellow."
+LMMS_EVAL = ROOT / ".venv/lmms-eval"
+NOT_RUN_HERE = ("# not run here", "pip install", "http.server")
+
+
+class Block(NamedTuple):
+    """What a person pastes.
+
+    Args:
+        code: of Python, of a shell, or of a file.
+        file: the name of that file.
+        printed: what the page says that it prints.
+    """
+
+    code: str
+    file: str | None
+    printed: str | None
+
+    @property
+    def command(self) -> list[str]:
+        is_python = self.code.startswith(("import ", "from "))
+        return [sys.executable, "-c", self.code] if is_python else ["bash", "-ec", self.code]
+
+
+def find_blocks(title: str) -> list[Block]:
+    """The blocks of a section that are run here."""
+    (section,) = (part for part in PAGE.split("\n## ") if part.startswith(title + "\n"))
+    blocks = []
+    for before, code, after in BLOCK.findall(section + "\n\n"):
+        if any(words in code for words in NOT_RUN_HERE):
+            continue
+        file = re.fullmatch(r"`(\S+)`:\n", before)
+        printed = re.match(r"It prints `([^`]+)`", after)
+        code = "\n".join(line[4:] for line in code.splitlines())
+        blocks.append(Block(code, file and file[1], printed and printed[1]))
+    return blocks
+
+
+def run_section(title: str, folder: Path) -> None:
+    """Run the blocks of a section in a folder, one after the other; servers run until its end."""
+    # no module of this repository helps a snippet
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"PATH": f"{sys.prefix}/bin{os.pathsep}{env['PATH']}", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": env, "text": True}
+    port = str(free_port())
+    with ExitStack() as servers:
+        for block in find_blocks(title):
+            block = block._replace(code=block.code.replace("8998", port))
+            if block.file:
+                (folder / block.file).write_text(block.code, encoding="utf-8")
+            elif "serve_openai_api" in block.code:
+                servers.enter_context(serving(f"{block.code} --port {port}", port, options))
+            else:
+                finished = subprocess.run(block.command, capture_output=True, **options)
+                assert finished.returncode == 0, finished.stderr
+                assert (block.printed or "") in finished.stdout
+
+
+@contextmanager
+def serving(command: str, port: str, options: dict):
+    """Runs a server of OpenAI's API until nobody asks it any more."""
+    server = subprocess.Popen(["bash", "-c", f"exec {command}"], **options)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.2)
+        yield
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def make_clone(folder: Path) -> Path:
+    """A folder that looks like a fresh clone of the repository."""
+    for path in ROOT.iterdir():
+        if path.name not in (".git", "out", "exported"):
+            (folder / path.name).symlink_to(path)
+    (folder / "out").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_export(tmp_path_factory) -> Path:
+    """A clone with what most tools need; it is written in seconds."""
+    clone = make_clone(tmp_path_factory.mktemp("clone"))
+    flags = [
+        "--to",
+        "transformers",
+        "gguf",
+        "--gguf_class_token",
+        "last",
+        "--out",
+        clone / "exported",
+    ]
+    finished = run_script("-m", "scripts.export", MODEL, *flags)
+    assert finished.returncode == 0, finished.stdout
+    return clone
+
+
+@pytest.fixture(scope="module")
+def whole_export(tmp_path_factory) -> Path:
+    """A clone with all formats, by the command of the page."""
+    if shutil.which("npm") is None:
+        pytest.skip("the web page's library comes by npm")
+    clone = make_clone(tmp_path_factory.mktemp("clone"))
+    # what npm has fetched before
+    library = ROOT / "out/.web_library"
+    library.mkdir(parents=True, exist_ok=True)
+    (clone / "out/.web_library").symlink_to(library)
+    run_section("# Use a model elsewhere", clone)
+    return clone
+
+
+@pytest.mark.parametrize("title", ["transformers", "llama.cpp", "OpenAI's API"])
+def test_pasted_snippets_answer(title, small_export):
+    run_section(title, small_export)
+
+
+@pytest.mark.slow
+def test_pasted_commands_of_onnx_answer(whole_export):
+    run_section("ONNX", whole_export)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
+def test_the_exported_page_answers(whole_export):
+    with open_page(whole_export / "exported/web") as ask:
+        assert ask(PICTURE, QUESTION).text == ANSWER
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LMMS_EVAL.is_dir(), reason="lmms-eval is not installed: make test-all")
+def test_lmms_eval_scores_the_export_as_we_do(whole_export):
+    """Its own class for LLaVA, on the task of the page, against our own answers."""
+    run_section("Benchmarks with lmms-eval", whole_export)
+    (results,) = whole_export.glob("out/lmms-eval/*/*_results.json")
+    score = json.loads(results.read_text())["results"]["scenes"]["exact_match,none"]
+
+    # the same questions
+    vlm, scenes = load_vlm(MODEL, device="cpu"), whole_export / "out/scenes/eval_images"
+    rows = [json.loads(row) for row in open(scenes / "metadata.jsonl", encoding="utf-8")]
+    answers = [
+        vlm.ask(scenes / row["file_name"], row["question"], temperature=0, max_new_tokens=64)
+        for row in rows
+    ]
+    right = sum(answer == row["answer"] for answer, row in zip(answers, rows))
+    assert score == pytest.approx(right / len(rows)) and right > len(rows) / 2
