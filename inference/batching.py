@@ -30,7 +30,7 @@ from common.flags import MOST_SEED
 from inference.answer_text import AnswerText
 from inference.generate import LEAST_TEMPERATURE, sample
 from inference.load import VLM
-from inference.rows import Prompt, TorchRows
+from inference.rows import Prompt, Rows
 
 # Pictures that the vision encoder sees at once; the rows wait meanwhile.
 PICTURES_AT_ONCE = {"cpu": 2, "cuda": 16}
@@ -181,17 +181,16 @@ class Batcher:
     Args:
         vlm: the model.
         max_rows: most answers at a time; further ones wait.
-        rows: the batch, if it is not one of `vlm.model`.
 
     Attributes:
         pictures: features of the pictures that it has seen.
     """
 
-    def __init__(self, vlm: VLM, max_rows: int = 16, rows: TorchRows | None = None):
+    def __init__(self, vlm: VLM, max_rows: int = 16):
         # A copy: a tokenizer that another thread encodes with cannot decode meanwhile.
         self.tokenizer = copy.deepcopy(vlm.processor.tokenizer)
         self.longest, self.max_rows = vlm.model.config.max_seq_len, max_rows
-        self.rows = TorchRows(vlm.model, max_rows) if rows is None else rows
+        self.rows = Rows(vlm.model, max_rows)
         self.pictures_at_once = PICTURES_AT_ONCE.get(self.rows.device.type, 1)
         self.pictures = FeatureCache()
         # Answers on their way, as at the top of this file. `_waiting` is shared with other threads.
@@ -284,6 +283,10 @@ class Batcher:
 
     def _see(self) -> None:
         """Show the vision encoder the next pictures; who has seen all of its own goes on."""
+        # Who can have a first token now has it before others see.
+        if any(answer.prompt.n_done == 0 for answer in self._prefilling):
+            return
+
         # what is known already
         unseen: dict[bytes, torch.Tensor] = {}
         for answer in self._seeing:

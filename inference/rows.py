@@ -1,8 +1,5 @@
 """The rows of a running batch: prompts join it, a token of each row is decoded, rows leave it.
 
-`TorchRows` runs our own network. Whatever else has its five methods can be batched by
-inference/batching.py in the same way.
-
 All rows share one cache and the column that the next tokens go to, so a row is padded on the left:
 
     columns     0 1 2 3 4 5 6 7 8
@@ -13,11 +10,16 @@ All rows share one cache and the column that the next tokens go to, so a row is 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from inference.generate import decode_one_token
 from model.model_lm import KVCache
-from model.model_vlm import MiniMindVLM
+
+if TYPE_CHECKING:
+    from inference.onnx_model import OnnxVLM
+    from model.model_vlm import MiniMindVLM
 
 # Tokens of a prompt between two decoding steps: the other rows wait that long for their next token.
 CHUNK = 256
@@ -36,19 +38,24 @@ class Prompt:
     def __init__(self, embeddings: torch.Tensor, cache: KVCache):
         self.embeddings, self.cache = embeddings, cache
 
+    @property
+    def n_done(self) -> int:
+        """Tokens that have been prefilled."""
+        return self.cache.length
 
-class TorchRows:
-    """A batch that runs on our network.
+
+class Rows:
+    """A batch.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; our network or, with the onnx backend, an OnnxVLM.
         max_rows: most rows at a time.
 
     Attributes:
         starts: first column of each row.
     """
 
-    def __init__(self, model: MiniMindVLM, max_rows: int):
+    def __init__(self, model: MiniMindVLM | OnnxVLM, max_rows: int):
         self.model, self.max_rows = model, max_rows
         self.device = model.tok_embeddings.weight.device
         self.starts: list[int] = []
@@ -76,17 +83,15 @@ class TorchRows:
 
         Returns float[1, vocab_size], the logits of its first new token; None if more are to come.
         """
-        done = prompt.cache.length
-        chunk = prompt.embeddings[:, done : done + CHUNK]  # (1, up to CHUNK, dim)
-        hidden = self.model.run_layers(chunk, cache=prompt.cache)
-        is_whole = prompt.cache.length == prompt.embeddings.shape[1]
-        return self.model.output(hidden[:, -1]) if is_whole else None
+        chunk = prompt.embeddings[:, prompt.n_done : prompt.n_done + CHUNK]  # (1, <= CHUNK, dim)
+        logits = self.model.predict(chunk, cache=prompt.cache, n_last=1)[:, -1]
+        return logits if prompt.n_done == prompt.embeddings.shape[1] else None
 
     @torch.inference_mode()
     def join(self, prompt: Prompt) -> None:
         """Add a prefilled prompt as the last row."""
         # its columns end where those of the others do
-        n_tokens, row = prompt.cache.length, len(self.starts)
+        n_tokens, row = prompt.n_done, len(self.starts)
         if not self.starts:
             self._empty()
         if n_tokens > self.cache.length:

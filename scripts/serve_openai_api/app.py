@@ -9,7 +9,7 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from typing import Any
 
@@ -29,12 +29,10 @@ from scripts.serve_openai_api.config import LOCAL_HOSTS, ServeConfig
 from scripts.serve_openai_api.errors import ApiError
 from scripts.serve_openai_api.fetch import fetch
 
-# Seconds in which the body of a request has to come.
-BODY_SECONDS = 60
+# Seconds in which the body of a request has to come, and one that is refused unread.
+BODY_SECONDS, REFUSED_SECONDS = 60, 5
 # Threads that read requests and open pictures: a large one takes 0.4 GB for a moment.
 READERS, FETCHERS = 2, 8
-# What an answer's end is called there.
-FINISH_REASONS = {"stop": "stop", "length": "length"}
 
 
 class Server:
@@ -52,6 +50,7 @@ class Server:
         self.api_key = None if api_key is None else api_key.encode()
         self.created, self.n_open = int(time.time()), 0
         self.most_open = config.max_batch + config.max_queue
+        self.body_limit = config.max_body_mb * 2**20
         self.batcher = Batcher(vlm, config.max_batch)
         self.readers = ThreadPoolExecutor(READERS, "reader")
         self.fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
@@ -90,33 +89,31 @@ class Server:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("send the header Content-Type: application/json")
-        limit = self.config.max_body_mb * 2**20
-        body, too_large = bytearray(), int_or_zero(request.headers.get("content-length")) > limit
-
-        async def read() -> None:
-            nonlocal too_large
-            n_bytes = 0
-            async for chunk in request.stream():
-                n_bytes += len(chunk)
-                too_large = too_large or n_bytes > limit
-                # One that is a little too large is read to its end: most clients look for a
-                # response only then.
-                if n_bytes > 4 * limit:
-                    return
-                if not too_large:
-                    body.extend(chunk)
-
         try:
-            await asyncio.wait_for(read(), BODY_SECONDS)
+            body = await asyncio.wait_for(self.receive(request, self.body_limit), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise ApiError(f"the body was not there within {BODY_SECONDS} s", status=408) from None
-        if too_large:
+        if body is None:
             raise ApiError(
                 f"the request has over {self.config.max_body_mb} MB: send smaller pictures",
                 status=413,
                 code="request_too_large",
             )
         return bytes(body)
+
+    async def receive(self, request: Request, most: int) -> bytearray | None:
+        """The body, of at most so many bytes; None if it has more."""
+        # A larger one is read on for a while: most clients look for the response only at its end.
+        body, n_bytes = bytearray(), 0
+        async for chunk in request.stream():
+            n_bytes += len(chunk)
+            if n_bytes <= most:
+                body += chunk
+            else:
+                body.clear()
+            if n_bytes > 4 * self.body_limit:
+                break
+        return body if n_bytes <= most else None
 
     # From a request to an answer.
 
@@ -130,10 +127,10 @@ class Server:
             self.readers, self._encode, asked.turns, files
         )
         events = Events(loop, asked.stream, asked.include_usage)
-        answer = Answer(
+        events.answer = Answer(
             input_ids, pictures, stops=asked.stops, on_piece=events.put, **asked.sampling
         )
-        events.answer = self.batcher.submit(answer)
+        self.batcher.submit(events.answer)
         return events
 
     async def _fetch_all(self, pictures: list[bytes | PictureUrl]) -> list[bytes]:
@@ -192,13 +189,14 @@ class Events:
             self.answer.cancel()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        """Each piece; ApiError where the answer failed."""
+        """Each piece; ApiError where the answer failed, ClientDisconnect where nobody waits."""
         while piece := await self._queue.get():
             yield piece
         if self.answer.end == "failed":
             raise explain(self.answer.error)
         if self.answer.end == "cancelled":
-            raise ApiError("the server is about to end", status=503)
+            gone, ended = ClientDisconnect(), ApiError("the server has been ended", status=503)
+            raise gone if self.answer.is_cancelled else ended
 
 
 def build_app(server: Server) -> FastAPI:
@@ -214,9 +212,7 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return respond(
-            {"status": "ok", "open": server.n_open, "running": server.batcher.n_running}
-        )
+        return respond({"status": "ok", "open": server.n_open, "running": server.batcher.n_running})
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -248,7 +244,10 @@ def build_app(server: Server) -> FastAPI:
         return ChatResponse(server, request)
 
     @app.exception_handler(ApiError)
-    async def tell(_: Request, error: ApiError) -> Response:
+    async def tell(request: Request, error: ApiError) -> Response:
+        # Read, for a connection that is closed with bytes in it may lose the response.
+        with suppress(asyncio.TimeoutError, ClientDisconnect):
+            await asyncio.wait_for(server.receive(request, 0), REFUSED_SECONDS)
         return respond(error.content, error.status, error.headers)
 
     @app.exception_handler(StarletteHTTPException)
@@ -303,7 +302,7 @@ class ChatResponse(Response):
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None,
-            "finish_reason": FINISH_REASONS[answer.end],
+            "finish_reason": answer.end,
         }
         content = self._head("chat.completion") | {"choices": [choice], "usage": count(answer)}
         await respond(content)(scope, receive, send)
@@ -335,10 +334,12 @@ class ChatResponse(Response):
         try:
             async for piece in pieces:
                 await send_delta({"content": piece})
-        except ApiError as error:
-            await send_event(error.content, more=False)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            await send_event(explain(error).content, more=False)
             return
-        await send_delta({}, FINISH_REASONS[events.answer.end])
+        await send_delta({}, events.answer.end)
         if events.include_usage:
             await send_event(head | {"choices": [], "usage": count(events.answer)})
         await send_event("[DONE]", more=False)
@@ -402,16 +403,13 @@ def count(answer: Answer) -> dict[str, int]:
     }
 
 
-def int_or_zero(text: str | None) -> int:
-    return int(text) if text and text.isascii() and text.isdigit() else 0
-
-
 def log(result: str, answer: Answer | None, seconds: float) -> None:
     """One line for each request."""
     line = f"{time.strftime('%H:%M:%S')} {result}"
     if answer is not None:
+        n_pictures = len(answer.pictures)
         line += (
-            f" {len(answer.pictures)} pictures, {answer.n_prompt_tokens} + {answer.n_tokens} tokens"
-            f", first after {answer.seconds_to_first_token:.2f} s, {answer.end}"
+            f", {n_pictures} picture{'s' * (n_pictures != 1)}, {answer.n_prompt_tokens} + "
+            f"{answer.n_tokens} tokens, the first after {answer.seconds_to_first_token:.2f} s"
         )
     print(f"{line}, {seconds:.2f} s", flush=True)

@@ -118,6 +118,9 @@ class CheckedConnection(http.client.HTTPConnection):
         if self.is_https:
             context = ssl.create_default_context()
             self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        # `cut` finds no socket to end while it is being made
+        if self.is_cut:
+            raise TimeoutError
 
     def cut(self) -> None:
         """End it, from another thread, whatever it waits for."""

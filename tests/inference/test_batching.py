@@ -11,7 +11,7 @@ from inference import rows as rows_module
 from inference.answer_text import AnswerText
 from inference.batching import Answer, Batcher, FeatureCache, Picture
 from inference.load import VLM
-from inference.rows import TorchRows
+from inference.rows import Rows
 from model.processing import VLMProcessor, load_tokenizer
 from tests.helpers import N_PATCHES, TOKENIZER, small_image_processor, small_model
 
@@ -224,7 +224,7 @@ def test_closing_ends_all_that_is_open(vlm):
 
 def test_columns_move_to_the_left_when_rows_leave(vlm):
     """A row that stays alone has no padding, which is the fast way; a cache that grew shrinks."""
-    rows = TorchRows(vlm.model, 3)
+    rows = Rows(vlm.model, 3)
     for seed, n_tokens in ((0, 20), (1, 50), (2, 8)):
         prompt = rows.open_prompt(make_prompt(seed, n_tokens)[0], None)
         while rows.prefill(prompt) is None:

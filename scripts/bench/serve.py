@@ -1,0 +1,248 @@
+"""Serving: our server and `transformers serve`, asked by 1 to 32 clients at once.
+
+Both serve the same exported directory, one after the other, with the same requests: each client
+streams one answer of NEW_TOKENS about one picture, and asks the next when it has it.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from common.errors import UserError
+from common.packages import check_packages
+
+DEMO = "model/demo/sft_vlm_128.pth"
+CLIENTS = (1, 8, 16, 32)
+LEAST_REQUESTS = 8
+NEW_TOKENS = 32
+SECONDS = 900  # for one answer, and for a server to start
+# Pictures: a new one for each request, or a few that the server has seen.
+KINDS = {"new": None, "seen": 4}
+PICTURE_SIDE = 224
+
+
+class Outcome(NamedTuple):
+    """One answer."""
+
+    text: str
+    n_tokens: int
+    seconds_to_first: float
+    seconds: float
+
+
+def measure(args: Namespace) -> list[dict]:
+    """Rows of server, pictures, clients, requests_per_second, tokens_per_second, first_median,
+    first_max, seconds_95 (all of an answer), same (share of answers equal to transformers').
+    """
+    # what both serve
+    check_packages("requirements-serve.txt", "fastapi", "uvicorn")
+    check_packages("transformers[serving]", "accelerate", "rich")
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        exported = args.exported or export_demo(Path(folder) / "demo")
+        if not (exported / "config.json").is_file():
+            raise UserError(f"--exported {exported} is no transformers directory: export one")
+        print(
+            f"{'server':14}{'pictures':>9}{'clients':>8}{'requests/s':>11}{'tokens/s':>9}"
+            f"{'first token, median':>20}{'max':>8}{'answer, 95 %':>13}{'same text':>10}"
+        )
+        # one after the other, so that each has the machine
+        texts: dict[tuple, list[str]] = {}
+        for server, command in list_commands(exported).items():
+            with running(command, Path(folder) / "log") as (address, model):
+                # warms up
+                asyncio.run(ask_all(address, model, make_requests("warm", 2), 1))
+                for kind in KINDS:
+                    for n_clients in args.clients:
+                        requests = make_requests(kind, max(LEAST_REQUESTS, n_clients))
+                        if kind == "seen":
+                            seen = requests[: KINDS[kind]]
+                            asyncio.run(ask_all(address, model, seen, 1))
+                        started = time.perf_counter()
+                        outcomes = asyncio.run(ask_all(address, model, requests, n_clients))
+                        seconds = time.perf_counter() - started
+                        key = (kind, n_clients)
+                        texts.setdefault(key, [outcome.text for outcome in outcomes])
+                        row = summarize(outcomes, seconds, texts[key])
+                        row = {"server": server, "pictures": kind, "clients": n_clients} | row
+                        rows.append(row)
+                        show(row)
+    show_ratios(rows)
+    return rows
+
+
+def list_commands(exported: Path) -> dict[str, list[str]]:
+    """The servers, and what starts them; the first one's texts are compared with."""
+    ours = ["-m", "scripts.serve_openai_api", "--weights", str(exported), "--temperature", "0"]
+    theirs = ["-m", "transformers.cli.transformers", "serve", str(exported)]
+    return {
+        "transformers": [*theirs, "--device", "cpu"],
+        "ours": [*ours, "--device", "cpu", "--max_batch", "32"],
+    }
+
+
+def export_demo(folder: Path) -> Path:
+    """The demo's model as a transformers directory."""
+    command = ["-m", "scripts.export", DEMO, "--to", "transformers", "--out", str(folder)]
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
+    """(address, name of the model) of a server; UserError with its last line if it ends."""
+    # start
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file,
+            stderr=file,
+            env=environment,
+        )
+    # wait
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
+    try:
+        while True:
+            try:
+                httpx.get(f"{address}/health", timeout=5)
+                break
+            except httpx.TransportError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text(errors="replace").strip().splitlines() or ["?"])[-1]
+                    raise UserError(f"a server does not start: {last:.200}") from None
+                time.sleep(0.3)
+        yield address, command[command.index("serve") + 1] if "serve" in command else name(address)
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def name(address: str) -> str:
+    """Name of the one model that our server has."""
+    return httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+
+
+def make_requests(kind: str, n_requests: int) -> list[list[dict]]:
+    """The messages of each request."""
+    requests = []
+    for index in range(n_requests):
+        n_pictures = KINDS.get(kind) or n_requests
+        seed = [len(kind), n_requests if KINDS.get(kind) is None else 0, index % n_pictures]
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).resize((PICTURE_SIDE, PICTURE_SIDE)).save(buffer, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        parts = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": f"Tell me about picture {index % n_pictures}."},
+        ]
+        requests.append([{"role": "user", "content": parts}])
+    return requests
+
+
+async def ask_all(
+    address: str, model: str, requests: list[list[dict]], n_clients: int
+) -> list[Outcome]:
+    """The answers, in the order of the requests."""
+    waiting, outcomes = iter(enumerate(requests)), {}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for index, messages in waiting:
+            outcomes[index] = await ask(client, address, model, messages)
+
+    limits = httpx.Limits(max_connections=n_clients)
+    async with httpx.AsyncClient(timeout=SECONDS, limits=limits) as client:
+        await asyncio.gather(*(work(client) for _ in range(n_clients)))
+    return [outcomes[index] for index in range(len(requests))]
+
+
+async def ask(client: httpx.AsyncClient, address: str, model: str, messages: list[dict]) -> Outcome:
+    """Stream one answer."""
+    # what both understand
+    body = {
+        "model": model,
+        "messages": messages,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started, first, pieces, n_tokens = time.perf_counter(), None, [], 0
+    url = f"{address}/v1/chat/completions"
+    async with client.stream("POST", url, json=body) as response:
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            raise UserError(f"a server answers with {response.status_code}: {text:.200}")
+        # its events
+        async for line in response.aiter_lines():
+            data = line.removeprefix("data: ")
+            if not line.startswith("data: ") or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            delta = event["choices"][0]["delta"] if event["choices"] else {}
+            if delta.get("content"):
+                first = first or time.perf_counter()
+                pieces.append(delta["content"])
+            n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
+    ended = time.perf_counter()
+    return Outcome("".join(pieces), n_tokens, (first or ended) - started, ended - started)
+
+
+def summarize(outcomes: list[Outcome], seconds: float, texts: list[str]) -> dict:
+    """What all answers took together. `texts` are those that another server gave."""
+    firsts = [outcome.seconds_to_first for outcome in outcomes]
+    same = [outcome.text == text for outcome, text in zip(outcomes, texts)]
+    return {
+        "requests_per_second": len(outcomes) / seconds,
+        "tokens_per_second": sum(outcome.n_tokens for outcome in outcomes) / seconds,
+        "first_median": statistics.median(firsts),
+        "first_max": max(firsts),
+        "seconds_95": float(np.quantile([outcome.seconds for outcome in outcomes], 0.95)),
+        "same": statistics.mean(same),
+    }
+
+
+def show(row: dict) -> None:
+    """A line of the table."""
+    print(
+        f"{row['server']:14}{row['pictures']:>9}{row['clients']:8}"
+        f"{row['requests_per_second']:11.2f}{row['tokens_per_second']:9.1f}"
+        f"{row['first_median']:18.2f} s{row['first_max']:6.2f} s{row['seconds_95']:11.2f} s"
+        f"{100 * row['same']:8.0f} %",
+        flush=True,
+    )
+
+
+def show_ratios(rows: list[dict]) -> None:
+    """How many times as many tokens ours gives."""
+    by_case = {(row["server"], row["pictures"], row["clients"]): row for row in rows}
+    for (server, kind, n_clients), row in by_case.items():
+        if server == "ours":
+            theirs = by_case["transformers", kind, n_clients]
+            ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
+            print(f"{kind} pictures, {n_clients} clients: {ratio:.1f} times the tokens/s")
