@@ -138,6 +138,7 @@ def show_welcome(visit: Visit) -> None:
             title.text(f"{visit.say('examples')} {visit.say('examples_checked')}")
         elif not is_complete:
             title.text(visit.say("examples_tried"))
+        # in their place, with a key of their own: the rest of the page is not drawn again
         if examples != drawn[-1]:
             drawn.append(examples)
             with cards:

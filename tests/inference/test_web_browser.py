@@ -19,7 +19,8 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 PATIENCE = 45_000  # ms; a busy machine is slow
 
-# The page, but a question that begins with "echo" is answered with itself, a character at a time.
+# The page, but a question that begins with "echo" is answered with itself, a character at a time;
+# one that ends with "so on" many times.
 PAGE = """
 import sys, time
 from inference.web.worker import Worker
@@ -30,8 +31,9 @@ if not hasattr(Worker, "usual_answer"):
     def answer(self, vlm, turn, turns, pictures):
         if not turn.question.startswith("echo"):
             return self.usual_answer(vlm, turn, turns, pictures)
-        for end in range(1, len(turn.question) + 1):
-            turn.change(answer=turn.question[:end], n_tokens=end)
+        text = turn.question * (200 if turn.question.endswith("so on") else 1)
+        for end in range(1, len(text) + 1):
+            turn.change(answer=text[:end], n_tokens=end)
             time.sleep(0.05)
             self._check()
         turn.change(state="done")
@@ -42,7 +44,7 @@ import web_demo_vlm
 web_demo_vlm.main()
 """
 # An answer that takes minutes.
-LONG = "echo " + "and so on " * 200
+LONG = "echo and so on"
 
 
 def draw(color: str, shape: str, *others: tuple[str, str]) -> bytes:
@@ -94,8 +96,10 @@ def visitor(browser, address: str, **options):
     page = context.new_page()
     page.goto(address)
     page.get_by_test_id("stChatInputTextArea").wait_for()
-    yield page
-    context.close()
+    try:
+        yield page
+    finally:
+        context.close()
 
 
 def attach(page, *files: tuple[str, bytes]) -> None:
@@ -129,7 +133,7 @@ def start_anew(page) -> None:
     page.get_by_role("button", name="New chat").click()
     page.locator(".gallery button").first.wait_for()
     page.wait_for_function("!location.search.includes('c=')")
-    assert answers(page).count() == 0
+    page.wait_for_function("!document.querySelector('.answer')")
 
 
 def test_a_conversation(address, browser):
