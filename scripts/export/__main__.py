@@ -38,8 +38,6 @@ WRITERS = {
 def main() -> None:
     # Flags, packages and files are checked before PyTorch and transformers are imported.
     config = parse_flags(ExportConfig(), __doc__)
-    if not config.weights:
-        raise UserError("which model? pass its .pth file, or a folder of them")
     for name in config.formats:
         check_packages("requirements-export.txt", *PACKAGES[name])
     find_model_files(config.weights, config.tokenizer, config.vision_model)

@@ -8,7 +8,6 @@ that all of them know: LLaVA's first ones.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from safetensors.torch import save
 
 from common.files import write_text
 from common.text import IMAGE_TAG
-from model.image_processor import picture_side
 from model.llava import PROJECTOR, TEXT, VISION, to_llava
 from model.llava_config import llava_config
 from model.vision import as_vision_encoder
@@ -107,11 +105,10 @@ def describe_processor(vlm: VLM) -> dict:
     They are as many as its patches. Said by "full" and 0 additional tokens every tool counts so;
     by "default" and 1, as config.json has to say it of a CLIP, transformers.js counts one more.
     """
-    config, side = vlm.model.config, picture_side(vlm.processor.image_processor)
     return {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TAG,
-        "patch_size": side // math.isqrt(config.n_image_tokens),
+        "patch_size": as_vision_encoder(vlm.model.vision_encoder).config.patch_size,
         "vision_feature_select_strategy": "full",
         "num_additional_image_tokens": 0,
     }
