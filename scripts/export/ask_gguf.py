@@ -2,7 +2,8 @@
 
 python -m scripts.export.ask_gguf exported/gguf photo.jpg "What is this?"
 
-llama.cpp fills up a picture to a square with gray, CLIP cuts out its middle, so that is done here.
+llama.cpp fills up a picture to a square with gray, while CLIP cuts out its middle and SigLIP
+stretches it. That is done here, before llama.cpp gets it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class LlamaCpp:
 
     Attributes:
         image_size: pixels of a side of the squares that the vision encoder takes.
+        is_clip: whether it is a CLIP; else it is a SigLIP.
         address: where llama.cpp's own HTTP server listens, on this machine only.
     """
 
@@ -61,8 +63,9 @@ class LlamaCpp:
 
         # the two files
         language_model, vision_encoder = find_files(Path(folder), precision)
-        field = gguf.GGUFReader(vision_encoder).get_field(gguf.Keys.ClipVision.IMAGE_SIZE)
-        self.image_size = int(field.contents())
+        reader = gguf.GGUFReader(vision_encoder)
+        self.image_size = int(reader.get_field(gguf.Keys.ClipVision.IMAGE_SIZE).contents())
+        self.is_clip = any(tensor.name == "v.pre_ln.weight" for tensor in reader.tensors)
 
         # one answer at a time; the cache in 32 bits, as here
         params = xllamacpp.CommonParams()
@@ -106,7 +109,10 @@ class LlamaCpp:
 
         UserError with llama.cpp's reason where it gives no answer.
         """
-        urls = [to_data_url(cut_square(load_image(image), self.image_size)) for image in images]
+        squares = [
+            make_square(load_image(image), self.image_size, self.is_clip) for image in images
+        ]
+        urls = [to_data_url(square) for square in squares]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         content.append({"type": "text", "text": prompt})
         request = {
@@ -133,11 +139,13 @@ def find_files(folder: Path, precision: str) -> tuple[Path, Path]:
     )
 
 
-def cut_square(image: Image.Image, side: int) -> Image.Image:
-    """The middle of a picture as CLIP sees it, `side` pixels wide and high."""
+def make_square(image: Image.Image, side: int, is_clip: bool) -> Image.Image:
+    """A picture as CLIP or SigLIP sees it, `side` pixels wide and high."""
+    if not is_clip:
+        return image.resize((side, side), Image.Resampling.BICUBIC)
     # scale the shorter side, then cut off what sticks out of the longer one
-    scale = side / min(image.size)
-    width, height = (max(side, int(length * scale)) for length in image.size)
+    shorter = min(image.size)
+    width, height = (side * length // shorter for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     return scaled.crop((left, top, left + side, top + side))

@@ -19,7 +19,11 @@ import numpy as np
 
 from common.errors import UserError
 from model.model_lm import MiniMindLM
-from scripts.export.gguf_vision import check_vision_encoder, write_vision_encoder
+from scripts.export.gguf_vision import (
+    check_vision_encoder,
+    describe_class_token,
+    write_vision_encoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,12 +68,15 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     # what cannot be written is said before anything is
     tokens = read_tokenizer(vlm.processor.tokenizer)
     check_vision_encoder(vlm.model.vision_encoder)
-    name = vlm.weights.stem if vlm.weights.is_file() else f"minimind-v-{vlm.model.config.dim}"
+    name = (
+        vlm.weights.stem if vlm.weights.suffix == ".pth" else f"minimind-v-{vlm.model.config.dim}"
+    )
     folder = folder / "gguf"
     folder.mkdir()
 
     # the language model
-    template = CHAT_TEMPLATE.replace("SYSTEM", json.dumps(vlm.processor.default_system))
+    system = json.dumps(vlm.processor.default_system, ensure_ascii=False)
+    template = CHAT_TEMPLATE.replace("SYSTEM", system)
     for precision in PRECISIONS:
         writer = gguf.GGUFWriter(folder / f"{name}-{precision}.gguf", "llama")
         add_sizes(writer, vlm.model, name, precision)
@@ -83,6 +90,7 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     writer = gguf.GGUFWriter(folder / f"mmproj-{name}-F16.gguf", "clip")
     write_vision_encoder(writer, vlm, config.gguf_class_token)
     save(writer)
+    print(describe_class_token(vlm.model.vision_encoder, config.gguf_class_token))
 
 
 def save(writer: gguf.GGUFWriter) -> None:

@@ -15,13 +15,13 @@ second patch to the last one, and then that of the class token. Three forms of t
              projector makes a line break of the class token; the first patch (a corner) is lost
     none     without a class token, which the patches then do not see: the bug does nothing
 
-SigLIP has no class token: all forms are the same, and right.
+SigLIP has no class token: the bug does nothing, and all forms are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import gguf
 import numpy as np
@@ -35,7 +35,7 @@ from model.vision import VisionEncoder
 if TYPE_CHECKING:
     from inference import VLM
 
-WRITABLE = ("clip_vision_model", "siglip_vision_model")
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 # Name in transformers of the activation -> llama.cpp's `use_gelu`, which is the one by tanh.
 ACTIVATIONS = {"quick_gelu": False, "gelu_pytorch_tanh": True, "gelu_new": True, "gelu": True}
 # transformers' names within a layer, and llama.cpp's.
@@ -52,8 +52,8 @@ LAYER_NAMES = {
 # The pair of the projector is scaled by this and back, so that nearly all numbers lie where the
 # GELU is exact: llama.cpp looks it up in a table of 16 bits between -10 and 10.
 SCALE = 1024.0
-# The gate of the class token has to be larger than any number of an embedding.
-GATE = 256.0
+# How many times larger than any number of an embedding the gate of the class token is.
+GATE = 32.0
 # What is added to the spread of states, of which some are alike in every picture.
 RIDGE = 0.01
 
@@ -61,7 +61,7 @@ RIDGE = 0.01
 def check_vision_encoder(vision_encoder: VisionEncoder) -> None:
     """UserError where llama.cpp's LLaVA has no such vision encoder."""
     config = vision_encoder.config
-    if config.model_type not in WRITABLE:
+    if config.model_type not in (CLIP, SIGLIP):
         raise UserError(
             f"a model with {vision_encoder.family.name} cannot be written as GGUF: its vision "
             "encoder has to be CLIP or SigLIP"
@@ -71,6 +71,19 @@ def check_vision_encoder(vision_encoder: VisionEncoder) -> None:
             f"a vision encoder with hidden_act {config.hidden_act} cannot be written as GGUF: "
             f"llama.cpp has {', '.join(ACTIVATIONS)}"
         )
+
+
+def describe_class_token(vision_encoder: VisionEncoder, class_token: str) -> str:
+    """What a user has to know of a file of this form."""
+    bug = "llama.cpp's bug #25814"
+    if vision_encoder.config.model_type != CLIP:
+        return f"gguf: {vision_encoder.family.name} has no class token, {bug} does not matter"
+    advice = {
+        "first": f"right once {bug} is fixed; until then add --gguf_class_token last",
+        "last": f"right as long as llama.cpp has {bug}; then leave out --gguf_class_token",
+        "none": "the patches do not see the class token: measure what that costs",
+    }
+    return f"gguf: {advice[class_token]}"
 
 
 def write_vision_encoder(writer: gguf.GGUFWriter, vlm: VLM, class_token: str) -> None:
@@ -109,12 +122,11 @@ def write_vision_encoder(writer: gguf.GGUFWriter, vlm: VLM, class_token: str) ->
         # Matrices and the patches' convolution have 16 bits.
         is_large = tensor.ndim > 1 and name != "v.position_embd.weight"
         writer.add_tensor(name, tensor.astype(np.float16 if is_large else np.float32))
-    if class_token == "last" and config.model_type == "clip_vision_model":
+    projector = as_pair(linear)
+    if class_token == "last" and config.model_type == CLIP:
         line_break = vlm.processor.encode_content("\n")
         stand_in = vlm.model.tok_embeddings.weight[line_break[0]]
-        projector = replace_class_token(linear, *find_class_token(network), stand_in)
-    else:
-        projector = as_pair(linear)
+        projector = replace_class_token(projector, find_class_token(network, linear), stand_in)
     for name, tensor in projector.items():
         writer.add_tensor(name, tensor.detach().float().numpy())
 
@@ -126,7 +138,7 @@ def name_tensors(network: torch.nn.Module, class_token: str) -> Iterator[tuple[s
     weights = {name: weight.float().numpy() for name, weight in network.state_dict().items()}
     names = {"embeddings.patch_embedding.weight": "v.patch_embd.weight"}
     names[position] = "v.position_embd.weight"
-    if config.model_type == "clip_vision_model":
+    if config.model_type == CLIP:
         names |= {f"pre_layrnorm.{kind}": f"v.pre_ln.{kind}" for kind in ("weight", "bias")}
         if class_token != "none":
             names["embeddings.class_embedding"] = "v.class_embd"
@@ -158,41 +170,49 @@ def as_pair(linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
     }
 
 
+class Gate(NamedTuple):
+    """normal x + offset: about 1 for states of the class token, about -1 for those of patches."""
+
+    normal: torch.Tensor  # float[vision_dim]
+    offset: torch.Tensor  # float[]
+    size: float  # far above any number of an embedding
+
+
 def replace_class_token(
-    linear: torch.nn.Linear, normal: torch.Tensor, offset: torch.Tensor, stand_in: torch.Tensor
+    pair: dict[str, torch.Tensor], gate: Gate, stand_in: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The same for patches; what is the class token becomes an embedding that is given.
 
-    A gate g(x) = normal x + offset is -1 for patches and 1 for the class token, more or less. It is
-    taken from both halves of the pair. Patches have then a and b > 0 there, with gelu(a) = a, and
-    a - b = 2 W x is left; of the class token nothing is left, and one more row, g itself, adds
-    the embedding.
+    The gate, times its size, is taken from both halves of the pair. For a patch both are then above
+    0, where gelu(a) = a, and their difference is 2 W x. For the class token both are below 0, where
+    gelu(a) = 0. One more row, the gate itself, adds the embedding there.
 
     Args:
-        linear: the projector.
-        normal: float[vision_dim], see `find_class_token`.
-        offset: float[].
-        stand_in: float[dim], what becomes of the class token.
+        pair: see `as_pair`.
+        gate: see `find_class_token`.
+        stand_in: float[dim].
     """
-    pair = as_pair(linear)
-    rows = torch.full((2 * linear.out_features, 1), -GATE * SCALE)  # of the gate in each half
-    rows = torch.cat((rows, torch.tensor([[SCALE]])))  # (2 * dim + 1, 1)
-    halves = torch.cat((pair["mm.0.weight"], torch.zeros_like(normal)[None]))
-    biases = torch.cat((pair["mm.0.bias"], torch.zeros(1)))
+    weight, bias = pair["mm.0.weight"], pair["mm.0.bias"]
+    sizes = torch.full_like(bias, -gate.size)  # (2 * dim,)
     return {
-        "mm.0.weight": halves + rows * normal,  # (2 * dim + 1, vision_dim)
-        "mm.0.bias": biases + rows[:, 0] * offset,  # (2 * dim + 1,)
+        "mm.0.weight": torch.cat(  # (2 * dim + 1, vision_dim)
+            (weight + SCALE * sizes[:, None] * gate.normal, SCALE * gate.normal[None])
+        ),
+        "mm.0.bias": torch.cat((bias + SCALE * sizes * gate.offset, SCALE * gate.offset[None])),
         "mm.2.weight": torch.cat((pair["mm.2.weight"] / 2, stand_in[:, None] / SCALE), dim=1),
         "mm.2.bias": pair["mm.2.bias"],
     }
 
 
 @torch.no_grad()
-def find_class_token(network: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normal float[vision_dim], offset float[]) of a plane between class token and patches.
+def find_class_token(network: torch.nn.Module, linear: torch.nn.Linear) -> Gate:
+    """The gate by which the class token's last states are told from those of patches.
 
-    normal x + offset is 1 for the mean of the class token's last states, -1 for that of patches
-    (linear discriminant analysis, Fisher 1936). The pictures are noise, coarse and fine.
+    It is found by linear discriminant analysis (Fisher 1936) on pictures of noise, coarse and fine.
+
+    Args:
+        network: a CLIP.
+        linear: the projector.
     """
     # states of both
     generator, side = torch.Generator().manual_seed(0), network.config.image_size
@@ -203,10 +223,11 @@ def find_class_token(network: torch.nn.Module) -> tuple[torch.Tensor, torch.Tens
     states = network(pixel_values=torch.cat(noises)).last_hidden_state.float()
     groups = states[:, 0], states[:, 1:].flatten(0, 1)  # (k, vision_dim), (k * patches, vision_dim)
 
-    # the plane
+    # the plane between them
     means = [group.mean(dim=0) for group in groups]
     spread = sum(torch.cov(group.T, correction=0) for group in groups)
     spread += RIDGE * spread.diagonal().mean() * torch.eye(len(spread))
     normal = torch.linalg.solve(spread, means[0] - means[1])
     normal = 2 * normal / (normal @ (means[0] - means[1]))
-    return normal, -normal @ (means[0] + means[1]) / 2
+    offset = -normal @ (means[0] + means[1]) / 2
+    return Gate(normal, offset, GATE * linear(states).abs().max().item())
