@@ -1,7 +1,8 @@
 """Serving: our server and `transformers serve`, asked by 1 to 32 clients at once.
 
-Both serve the same exported directory, one after the other, with the same requests: each client
-streams one answer of NEW_TOKENS about one picture, and asks the next when it has it.
+Both serve the same exported directory and get the same requests in turn: each client streams an
+answer of NEW_TOKENS about one picture, and asks the next when it has it. If the directory has ONNX
+graphs, our server runs on them too.
 """
 
 import asyncio
@@ -17,25 +18,40 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
+import httpx2
 import numpy as np
+import psutil
 from PIL import Image
 
 from common.errors import UserError
 from common.packages import check_packages
 
 DEMO = "model/demo/sft_vlm_128.pth"
-CLIENTS = (1, 8, 16, 32)
 LEAST_REQUESTS = 8
 NEW_TOKENS = 32
 SECONDS = 900  # for one answer, and for a server to start
 # Pictures: a new one for each request, or a few that the server has seen.
 KINDS = {"new": None, "seen": 4}
 PICTURE_SIDE = 224
+
+
+class Server(NamedTuple):
+    """A server that runs."""
+
+    address: str
+    model: str  # its name there
+    process: psutil.Process
+
+    def read_cpu(self) -> float:
+        """Seconds that it has computed, on all cores together."""
+        times = self.process.cpu_times()
+        return times.user + times.system
 
 
 class Outcome(NamedTuple):
@@ -49,41 +65,44 @@ class Outcome(NamedTuple):
 
 def measure(args: Namespace) -> list[dict]:
     """Rows of server, pictures, clients, requests_per_second, tokens_per_second, first_median,
-    first_max, seconds_95 (all of an answer), same (share of answers equal to transformers').
+    first_max, seconds_95 (of a whole answer), cpu_seconds (of the server, for a request), same
+    (share of answers equal to transformers').
     """
-    # what both serve
+    # what all serve
     check_packages("requirements-serve.txt", "fastapi", "uvicorn")
-    check_packages("transformers[serving]", "accelerate", "rich")
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
+    if find_spec("accelerate") is None:
+        raise UserError("`transformers serve` needs accelerate: pip install accelerate==1.15.0")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         exported = args.exported or export_demo(Path(folder) / "demo")
         if not (exported / "config.json").is_file():
             raise UserError(f"--exported {exported} is no transformers directory: export one")
+        servers = {
+            name: stack.enter_context(running(command, Path(folder) / "log"))
+            for name, command in list_commands(exported).items()
+        }
+        for server in servers.values():
+            asyncio.run(ask_all(server, make_requests("warm", 2), 1))
+
+        # Each case with one after the other: other programs disturb all alike, and who is not
+        # asked does nothing.
+        rows: list[dict] = []
         print(
             f"{'server':14}{'pictures':>9}{'clients':>8}{'requests/s':>11}{'tokens/s':>9}"
-            f"{'first token, median':>20}{'max':>8}{'answer, 95 %':>13}{'same text':>10}"
+            f"{'first token, median':>20}{'max':>8}{'answer, 95 %':>13}{'CPU':>9}{'same text':>10}"
         )
-        # one after the other, so that each has the machine
-        texts: dict[tuple, list[str]] = {}
-        for server, command in list_commands(exported).items():
-            with running(command, Path(folder) / "log") as (address, model):
-                # warms up
-                asyncio.run(ask_all(address, model, make_requests("warm", 2), 1))
-                for kind in KINDS:
-                    for n_clients in args.clients:
-                        requests = make_requests(kind, max(LEAST_REQUESTS, n_clients))
-                        if kind == "seen":
-                            seen = requests[: KINDS[kind]]
-                            asyncio.run(ask_all(address, model, seen, 1))
-                        started = time.perf_counter()
-                        outcomes = asyncio.run(ask_all(address, model, requests, n_clients))
-                        seconds = time.perf_counter() - started
-                        key = (kind, n_clients)
-                        texts.setdefault(key, [outcome.text for outcome in outcomes])
-                        row = summarize(outcomes, seconds, texts[key])
-                        row = {"server": server, "pictures": kind, "clients": n_clients} | row
-                        rows.append(row)
-                        show(row)
+        for kind, n_clients in product(KINDS, args.clients):
+            requests = make_requests(kind, max(LEAST_REQUESTS, n_clients))
+            texts = None
+            for name, server in servers.items():
+                if kind == "seen":
+                    asyncio.run(ask_all(server, requests[: KINDS[kind]], 1))
+                cpu, started = server.read_cpu(), time.perf_counter()
+                outcomes = asyncio.run(ask_all(server, requests, n_clients))
+                seconds, cpu = time.perf_counter() - started, server.read_cpu() - cpu
+                texts = texts or [outcome.text for outcome in outcomes]
+                row = {"server": name, "pictures": kind, "clients": n_clients}
+                rows.append(row | summarize(outcomes, seconds, cpu, texts))
+                show(rows[-1])
     show_ratios(rows)
     return rows
 
@@ -91,11 +110,13 @@ def measure(args: Namespace) -> list[dict]:
 def list_commands(exported: Path) -> dict[str, list[str]]:
     """The servers, and what starts them; the first one's texts are compared with."""
     ours = ["-m", "scripts.serve_openai_api", "--weights", str(exported), "--temperature", "0"]
-    theirs = ["-m", "transformers.cli.transformers", "serve", str(exported)]
-    return {
-        "transformers": [*theirs, "--device", "cpu"],
-        "ours": [*ours, "--device", "cpu", "--max_batch", "32"],
-    }
+    ours += ["--device", "cpu", "--max_batch", "32"]
+    theirs = ["-m", "transformers.cli.transformers", "serve", str(exported), "--device", "cpu"]
+    commands = {"transformers": theirs, "ours": ours}
+    if (exported / "onnx").is_dir():
+        for dtype in ("float32", "int4"):
+            commands[f"ours, {dtype}"] = [*ours, "--backend", "onnx", "--dtype", dtype]
+    return commands
 
 
 def export_demo(folder: Path) -> Path:
@@ -106,8 +127,8 @@ def export_demo(folder: Path) -> Path:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
-    """(address, name of the model) of a server; UserError with its last line if it ends."""
+def running(command: list[str], log: Path) -> Iterator[Server]:
+    """Start a server; UserError with its last line if it ends."""
     # start
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -125,14 +146,17 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
     try:
         while True:
             try:
-                httpx.get(f"{address}/health", timeout=5)
+                httpx2.get(f"{address}/health", timeout=5)
                 break
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     last = (log.read_text(errors="replace").strip().splitlines() or ["?"])[-1]
                     raise UserError(f"a server does not start: {last:.200}") from None
                 time.sleep(0.3)
-        yield address, command[command.index("serve") + 1] if "serve" in command else name(address)
+        # transformers names a model by its folder
+        is_theirs = "serve" in command
+        model = command[command.index("serve") + 1] if is_theirs else read_name(address)
+        yield Server(address, model, psutil.Process(process.pid))
     finally:
         process.terminate()
         try:
@@ -142,9 +166,9 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, str]]:
             process.wait()
 
 
-def name(address: str) -> str:
+def read_name(address: str) -> str:
     """Name of the one model that our server has."""
-    return httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+    return httpx2.get(f"{address}/v1/models").json()["data"][0]["id"]
 
 
 def make_requests(kind: str, n_requests: int) -> list[list[dict]]:
@@ -165,27 +189,25 @@ def make_requests(kind: str, n_requests: int) -> list[list[dict]]:
     return requests
 
 
-async def ask_all(
-    address: str, model: str, requests: list[list[dict]], n_clients: int
-) -> list[Outcome]:
+async def ask_all(server: Server, requests: list[list[dict]], n_clients: int) -> list[Outcome]:
     """The answers, in the order of the requests."""
     waiting, outcomes = iter(enumerate(requests)), {}
 
-    async def work(client: httpx.AsyncClient) -> None:
+    async def work(client: httpx2.AsyncClient) -> None:
         for index, messages in waiting:
-            outcomes[index] = await ask(client, address, model, messages)
+            outcomes[index] = await ask(client, server, messages)
 
-    limits = httpx.Limits(max_connections=n_clients)
-    async with httpx.AsyncClient(timeout=SECONDS, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=n_clients)
+    async with httpx2.AsyncClient(timeout=SECONDS, limits=limits) as client:
         await asyncio.gather(*(work(client) for _ in range(n_clients)))
     return [outcomes[index] for index in range(len(requests))]
 
 
-async def ask(client: httpx.AsyncClient, address: str, model: str, messages: list[dict]) -> Outcome:
+async def ask(client: httpx2.AsyncClient, server: Server, messages: list[dict]) -> Outcome:
     """Stream one answer."""
     # what both understand
     body = {
-        "model": model,
+        "model": server.model,
         "messages": messages,
         "max_tokens": NEW_TOKENS,
         "temperature": 0,
@@ -193,7 +215,7 @@ async def ask(client: httpx.AsyncClient, address: str, model: str, messages: lis
         "stream_options": {"include_usage": True},
     }
     started, first, pieces, n_tokens = time.perf_counter(), None, [], 0
-    url = f"{address}/v1/chat/completions"
+    url = f"{server.address}/v1/chat/completions"
     async with client.stream("POST", url, json=body) as response:
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
@@ -213,7 +235,7 @@ async def ask(client: httpx.AsyncClient, address: str, model: str, messages: lis
     return Outcome("".join(pieces), n_tokens, (first or ended) - started, ended - started)
 
 
-def summarize(outcomes: list[Outcome], seconds: float, texts: list[str]) -> dict:
+def summarize(outcomes: list[Outcome], seconds: float, cpu: float, texts: list[str]) -> dict:
     """What all answers took together. `texts` are those that another server gave."""
     firsts = [outcome.seconds_to_first for outcome in outcomes]
     same = [outcome.text == text for outcome, text in zip(outcomes, texts)]
@@ -223,6 +245,7 @@ def summarize(outcomes: list[Outcome], seconds: float, texts: list[str]) -> dict
         "first_median": statistics.median(firsts),
         "first_max": max(firsts),
         "seconds_95": float(np.quantile([outcome.seconds for outcome in outcomes], 0.95)),
+        "cpu_seconds": cpu / len(outcomes),
         "same": statistics.mean(same),
     }
 
@@ -233,16 +256,21 @@ def show(row: dict) -> None:
         f"{row['server']:14}{row['pictures']:>9}{row['clients']:8}"
         f"{row['requests_per_second']:11.2f}{row['tokens_per_second']:9.1f}"
         f"{row['first_median']:18.2f} s{row['first_max']:6.2f} s{row['seconds_95']:11.2f} s"
-        f"{100 * row['same']:8.0f} %",
+        f"{row['cpu_seconds']:7.2f} s{100 * row['same']:8.0f} %",
         flush=True,
     )
 
 
 def show_ratios(rows: list[dict]) -> None:
-    """How many times as many tokens ours gives."""
-    by_case = {(row["server"], row["pictures"], row["clients"]): row for row in rows}
-    for (server, kind, n_clients), row in by_case.items():
-        if server == "ours":
-            theirs = by_case["transformers", kind, n_clients]
-            ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
-            print(f"{kind} pictures, {n_clients} clients: {ratio:.1f} times the tokens/s")
+    """How many times as many tokens ours give."""
+    theirs = {}
+    for row in rows:
+        case = (row["pictures"], row["clients"])
+        first = theirs.setdefault(case, row)
+        if first is not row:
+            ratio = row["tokens_per_second"] / first["tokens_per_second"]
+            cpu = first["cpu_seconds"] / row["cpu_seconds"]
+            print(
+                f"{row['server']}, {case[0]} pictures, {case[1]} clients: {ratio:.1f} times the "
+                f"tokens/s, {cpu:.1f} times the answers for a second of CPU"
+            )

@@ -11,8 +11,10 @@ from inference import rows as rows_module
 from inference.answer_text import AnswerText
 from inference.batching import Answer, Batcher, FeatureCache, Picture
 from inference.load import VLM
+from inference.onnx_model import OnnxVLM
 from inference.rows import Rows
 from model.processing import VLMProcessor, load_tokenizer
+from scripts.export.onnx_graphs import write_graphs
 from tests.helpers import N_PATCHES, TOKENIZER, small_image_processor, small_model
 
 MAX_SEQ_LEN = 96
@@ -26,6 +28,16 @@ def vlm():
     return VLM(model, processor, None)
 
 
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory):
+    """The same network in float32, exported."""
+    model = small_model(max_seq_len=MAX_SEQ_LEN)
+    processor = VLMProcessor(load_tokenizer(TOKENIZER), small_image_processor(), model.config)
+    folder = tmp_path_factory.mktemp("exported")
+    write_graphs(VLM(model, processor, None), folder / "onnx", ("float32",))
+    return VLM(OnnxVLM(model.config, folder, "float32"), processor, None)
+
+
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Prompts of several chunks, and a cache that has to grow."""
@@ -33,14 +45,14 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(rows_module, "FIRST_COLUMNS", 32)
 
 
-def make_prompt(seed: int, n_tokens: int, n_images: int = 0):
+def make_prompt(vlm, seed: int, n_tokens: int, n_images: int = 0):
     """(int64[1, T], pictures): text, then pictures, then text."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(40, 672, (1, n_tokens), generator=generator)
     image = torch.full((1, N_PATCHES), 34)
     pieces = [text[:, :1], *[image, text[:, :1]] * n_images, text[:, 1:]]
-    # float32, as the processor makes them, and then as the model is
-    pixels = [torch.randn(1, 3, 48, 48, generator=generator).double() for _ in range(n_images)]
+    pixels = torch.randn(n_images, 3, 48, 48, generator=generator)
+    pixels = pixels.to(vlm.model.tok_embeddings.weight.dtype).split(1) if n_images else ()
     pictures = [Picture(bytes([seed, index]), one) for index, one in enumerate(pixels)]
     return torch.cat(pieces, dim=1), pictures
 
@@ -95,20 +107,19 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(requests=REQUESTS, max_rows=st.integers(1, 4))
-def test_rows_that_come_and_go_answer_as_alone(vlm, requests, max_rows):
-    """Whole rounds by hand, so that each example is the same each time."""
+def check_answers(vlm, requests, max_rows: int) -> None:
+    """Together as alone; whole rounds by hand, so that each example is the same each time."""
     batcher = Batcher(vlm, max_rows)
     batcher.close()
     expected, answers = [], []
     for index, (n_tokens, n_images, longest, temperature, _) in enumerate(requests):
-        input_ids, pictures = make_prompt(index, n_tokens, n_images)
+        input_ids, pictures = make_prompt(vlm, index, n_tokens, n_images)
         sampling = dict(max_new_tokens=longest, temperature=temperature, top_p=0.9, seed=index)
         expected.append(answer_alone(vlm, input_ids, pictures, **sampling))
         sampling["max_new_tokens"] = min(longest, MAX_SEQ_LEN - input_ids.shape[1])
         answers.append(Recorded(input_ids, pictures, **sampling))
 
+    # until all have arrived, and ended
     most_running = 0
     for number in range(1000):
         arrived = [a for a, request in zip(answers, requests) if request[-1] == number]
@@ -118,11 +129,24 @@ def test_rows_that_come_and_go_answer_as_alone(vlm, requests, max_rows):
         if number > 20 and all(answer.end for answer in answers):
             break
 
+    assert [answer.error for answer in answers] == [None] * len(answers)
     assert [answer.tokens for answer in answers] == expected
     assert most_running <= max_rows and batcher.n_open == 0
     assert not batcher.rows.starts
     for answer in answers:
         assert answer.end == ("stop" if answer.tokens[-1] == 2 else "length")
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(requests=REQUESTS, max_rows=st.integers(1, 4))
+def test_rows_that_come_and_go_answer_as_alone(vlm, requests, max_rows):
+    check_answers(vlm, requests, max_rows)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(requests=REQUESTS, max_rows=st.integers(2, 4))
+def test_so_they_do_on_onnx_graphs(onnx, requests, max_rows):
+    check_answers(onnx, requests, max_rows)
 
 
 def test_rows_run_together_and_one_picture_is_seen_once(vlm, monkeypatch):
@@ -140,8 +164,8 @@ def test_rows_run_together_and_one_picture_is_seen_once(vlm, monkeypatch):
     answers = []
     for index in range(4):
         # all about the same picture
-        input_ids, _ = make_prompt(index, 10, 1)
-        _, pictures = make_prompt(9, 10, 1)
+        input_ids, _ = make_prompt(vlm, index, 10, 1)
+        _, pictures = make_prompt(vlm, 9, 10, 1)
         answers.append(Recorded(input_ids, pictures, max_new_tokens=20))
     batcher._waiting.extend(answers)
     while batcher.n_open:
@@ -154,7 +178,7 @@ def test_rows_run_together_and_one_picture_is_seen_once(vlm, monkeypatch):
 
 
 def test_an_answer_that_nobody_wants_frees_its_row_and_leaves_the_others_alone(batcher, vlm):
-    prompts = [make_prompt(index, 20) for index in range(4)]
+    prompts = [make_prompt(vlm, index, 20) for index in range(4)]
     expected = answer_alone(vlm, *prompts[3], max_new_tokens=30, temperature=0)
     unwanted = [Recorded(*prompt, max_new_tokens=60) for prompt in prompts[:3]]
     for answer in unwanted:
@@ -170,7 +194,7 @@ def test_an_answer_that_nobody_wants_frees_its_row_and_leaves_the_others_alone(b
 
 
 def test_what_fails_ends_alone(batcher, vlm):
-    input_ids, pictures = make_prompt(0, 20, 1)
+    input_ids, pictures = make_prompt(vlm, 0, 20, 1)
     wrong = batcher.submit(Recorded(input_ids, []))  # the picture is missing
     right = batcher.submit(Recorded(input_ids, pictures, max_new_tokens=10)).wait()
     assert wrong.is_over.wait(60)
@@ -186,10 +210,10 @@ def test_a_failure_while_decoding_ends_the_rows_and_the_next_request_is_answered
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(batcher.rows, "decode", fail)
-        failed = batcher.submit(Recorded(*make_prompt(0, 20), max_new_tokens=10))
+        failed = batcher.submit(Recorded(*make_prompt(vlm, 0, 20), max_new_tokens=10))
         assert failed.is_over.wait(60)
     assert failed.end == "failed" and isinstance(failed.error, MemoryError)
-    prompt = make_prompt(1, 20)
+    prompt = make_prompt(vlm, 1, 20)
     answer = batcher.submit(Recorded(*prompt, max_new_tokens=10)).wait()
     assert answer.tokens == answer_alone(vlm, *prompt, max_new_tokens=10, temperature=0)
 
@@ -198,15 +222,17 @@ def test_a_long_prompt_lets_a_short_one_go_first(vlm):
     """Chunks of both in turn: the short one has its first token long before."""
     batcher = Batcher(vlm, 2)
     batcher.close()
-    long, short = (Recorded(*make_prompt(0, n_tokens), max_new_tokens=1) for n_tokens in (90, 5))
+    long, short = (
+        Recorded(*make_prompt(vlm, 0, n_tokens), max_new_tokens=1) for n_tokens in (90, 5)
+    )
     batcher._waiting.extend([long, short])
     for _ in range(2):
         batcher.do_round()
     assert short.end == "length" and long.end is None
 
 
-def test_a_prompt_that_fills_the_model_is_refused(batcher):
-    input_ids, _ = make_prompt(0, MAX_SEQ_LEN)
+def test_a_prompt_that_fills_the_model_is_refused(batcher, vlm):
+    input_ids, _ = make_prompt(vlm, 0, MAX_SEQ_LEN)
     with pytest.raises(ValueError, match=f"{MAX_SEQ_LEN} tokens"):
         batcher.submit(Answer(input_ids))
 
@@ -214,19 +240,20 @@ def test_a_prompt_that_fills_the_model_is_refused(batcher):
 def test_closing_ends_all_that_is_open(vlm):
     batcher = Batcher(vlm, 1)
     answers = [
-        batcher.submit(Recorded(*make_prompt(index, 30), max_new_tokens=60)) for index in range(3)
+        batcher.submit(Recorded(*make_prompt(vlm, index, 30), max_new_tokens=60))
+        for index in range(3)
     ]
     batcher.close()
     assert all(answer.is_over.is_set() for answer in answers)
     with pytest.raises(ValueError, match="closed"):
-        batcher.submit(Answer(make_prompt(0, 5)[0]))
+        batcher.submit(Answer(make_prompt(vlm, 0, 5)[0]))
 
 
 def test_columns_move_to_the_left_when_rows_leave(vlm):
     """A row that stays alone has no padding, which is the fast way; a cache that grew shrinks."""
     rows = Rows(vlm.model, 3)
     for seed, n_tokens in ((0, 20), (1, 50), (2, 8)):
-        prompt = rows.open_prompt(make_prompt(seed, n_tokens)[0], None)
+        prompt = rows.open_prompt(make_prompt(vlm, seed, n_tokens)[0], None)
         while rows.prefill(prompt) is None:
             pass
         rows.join(prompt)

@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -50,9 +50,9 @@ def serving(*flags: str):
     try:
         for _ in range(600):
             try:
-                assert httpx.get(f"{address}/health", timeout=10).json()["status"] == "ok"
+                assert httpx2.get(f"{address}/health", timeout=10).json()["status"] == "ok"
                 break
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 assert process.poll() is None, process.finish().stdout
                 time.sleep(0.1)
         yield process, address
@@ -208,7 +208,7 @@ def test_models_and_health(client, address):
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError, match=NAME):
         client.models.retrieve("gpt-4o")
-    assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    assert httpx2.get(f"{address}/health").json()["status"] == "ok"
 
 
 # Many at once.
@@ -261,7 +261,7 @@ def test_200_good_and_bad_requests_at_once(vlm):
     with serving("--max_queue", "300") as (_, address):
         got = asyncio.run(ask_all(address, messages))
         # and none is left over
-        wait_until(lambda: httpx.get(f"{address}/health").json()["open"] == 0)
+        wait_until(lambda: httpx2.get(f"{address}/health").json()["open"] == 0)
     for index, answer in zip(order, got):
         if index >= 0:
             assert answer == expected[index]
@@ -273,7 +273,7 @@ def test_who_leaves_frees_the_row_at_once(client, address):
     """Streamed or not."""
 
     def health() -> dict:
-        return httpx.get(f"{address}/health").json()
+        return httpx2.get(f"{address}/health").json()
 
     stream = client.chat.completions.create(
         model=NAME, messages=[user(ENDLESS)], max_tokens=8000, stream=True
@@ -342,9 +342,9 @@ def test_a_request_that_cannot_be_answered(address, options, words):
     assert re.search(words, error["message"]), error["message"]
 
 
-def post(address: str, body, **headers) -> httpx.Response:
+def post(address: str, body, **headers) -> httpx2.Response:
     headers = {"Content-Type": "application/json"} | headers
-    return httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60)
+    return httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,9 @@ def test_another_model_and_other_paths(client, address):
     with pytest.raises(openai.NotFoundError, match=NAME) as raised:
         client.chat.completions.create(model="gpt-4o", messages=TEXT)
     assert raised.value.code == "model_not_found"
-    response = httpx.get(f"{address}/v1/nothing")
+    response = httpx2.get(f"{address}/v1/nothing")
     assert response.status_code == 404 and "error" in response.json()
-    assert httpx.get(f"{address}/docs").status_code == 404
+    assert httpx2.get(f"{address}/docs").status_code == 404
 
 
 def test_a_page_of_another_site_cannot_ask(address):
@@ -407,7 +407,7 @@ def test_a_page_of_another_site_cannot_ask(address):
     assert post(address, body, Host="localhost").status_code == 200
     response = post(address, body, **{"Content-Type": "text/plain"})
     assert response.status_code == 400 and "application/json" in response.text
-    options = httpx.options(f"{address}/v1/chat/completions", headers={"Origin": "http://x.y"})
+    options = httpx2.options(f"{address}/v1/chat/completions", headers={"Origin": "http://x.y"})
     assert options.status_code == 405
     assert "access-control-allow-origin" not in {**options.headers, **response.headers}
 
@@ -424,7 +424,7 @@ def test_a_key_is_asked_for(strict):
         connect(address, "wrong").models.list()
     response = post(address, b"{}", Authorization="Bearer sésame".encode())
     assert response.status_code == 400
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert httpx2.get(f"{address}/health").status_code == 200
 
 
 def test_what_is_too_large(strict):
@@ -473,7 +473,7 @@ def test_a_queue_that_is_full(strict):
     headers = {"Authorization": "Bearer sésame".encode(), "Content-Type": "application/json"}
     body = json.dumps({"model": NAME, "messages": [user(ENDLESS)], "stream": True})
     url = f"{address}/v1/chat/completions"
-    with httpx.Client(timeout=30) as one, httpx.Client(timeout=30) as other:
+    with httpx2.Client(timeout=30) as one, httpx2.Client(timeout=30) as other:
         with one.stream("POST", url, content=body, headers=headers) as first:
             # kept, for an iterator that is dropped closes the connection
             pieces = first.iter_bytes()
@@ -482,15 +482,15 @@ def test_a_queue_that_is_full(strict):
                 target=lambda: other.post(url, content=body, headers=headers), daemon=True
             )
             waiting.start()
-            wait_until(lambda: httpx.get(f"{address}/health").json()["open"] == 2)
-            response = httpx.post(url, content=body, headers=headers)
+            wait_until(lambda: httpx2.get(f"{address}/health").json()["open"] == 2)
+            response = httpx2.post(url, content=body, headers=headers)
             assert response.status_code == 429
             assert int(response.headers["Retry-After"]) >= 1
             assert response.json()["error"]["code"] == "queue_full"
         # the first has gone: the second one's answer ends by itself
         waiting.join(60)
         assert not waiting.is_alive()
-    wait_until(lambda: httpx.get(f"{address}/health").json()["open"] == 0)
+    wait_until(lambda: httpx2.get(f"{address}/health").json()["open"] == 0)
 
 
 def test_ctrl_c_ends_it_in_the_middle_of_an_answer():
