@@ -100,7 +100,11 @@ def show_answer(visit: Visit, number: int) -> None:
     # the text
     look = visit.state.get("look")
     look = look if look and look.number == number else None
-    if turn.answer:
+    # onnxruntime tells nothing of what happens inside
+    can_look = visit.service.config.backend == "torch"
+    if turn.answer and not can_look:
+        st.text(turn.answer)
+    elif turn.answer:
         show_words(
             turn.answer,
             f"words-{visit.key}-{number}",
@@ -131,5 +135,5 @@ def show_answer(visit: Visit, number: int) -> None:
         show_text(note, f"note-{number}")
     if look:
         show_look(visit, look)
-    elif is_last and turn.answer and not visit.state.get("look"):
+    elif is_last and turn.answer and can_look and not visit.state.get("look"):
         show_text(visit.say("click_a_word"), "hint")

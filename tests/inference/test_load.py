@@ -121,7 +121,7 @@ def test_contradictions_name_both_values(described, tmp_path, parts):
         load_vlm(path, dim=512)
     with pytest.raises(UserError, match=r"--n_layers is 3 but .* has n_layers 2: leave --n_layers"):
         load_vlm(path, n_layers=3)
-    with pytest.raises(UserError, match="--dtype is int4: with --backend torch choose from float32, float16, int8"):
+    with pytest.raises(UserError, match="--dtype is int4: with --backend torch choose from"):
         load_vlm(path, dtype="int4")
     with pytest.raises(UserError, match="--device gpu is no device: pass cpu, cuda"):
         load_vlm(path, device="gpu")
