@@ -16,14 +16,18 @@ import sys
 import threading
 import time
 import urllib.request
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL.Image import Image
+
 from common.errors import UserError
 from model.files import ROOT
+from model.image import load_image
+from model.pretrained import quiet_transformers
+from scripts.export.ask_gguf import LlamaCpp, make_square, to_data_url
 from scripts.processes import as_flags
 
 # Longest answer, in tokens.
@@ -71,8 +75,9 @@ def open_transformers(folder: Path) -> Iterator[Ask]:
     """transformers' own LLaVA."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    with quiet_transformers():
+        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder)
 
     def ask(picture: Path, question: str) -> Reply:
         content = [{"type": "image", "url": str(picture)}, {"type": "text", "text": question}]
@@ -106,11 +111,13 @@ class TokenTimes(list):
 
 @contextmanager
 def open_llama_cpp(folder: Path, precision: str) -> Iterator[Ask]:
-    """llama.cpp's server with the files of folder/gguf."""
-    from scripts.export.ask_gguf import LlamaCpp
+    """llama.cpp's server with the files of folder/gguf; it needs square pictures."""
+    model = LlamaCpp(folder, precision)
 
-    llama_cpp = LlamaCpp(folder, precision)
-    yield ask_client(f"{llama_cpp.address}/v1", precision)
+    def read(picture: Path) -> Image:
+        return make_square(load_image(picture), model.image_size, model.is_clip)
+
+    yield ask_client(f"{model.address}/v1", precision, read)
 
 
 @contextmanager
@@ -122,22 +129,21 @@ def open_endpoint(weights: Path) -> Iterator[Ask]:
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
-        yield ask_client(f"http://127.0.0.1:{port}/v1", weights.stem)
+        yield ask_client(f"http://127.0.0.1:{port}/v1", weights.stem, load_image)
     finally:
         server.terminate()
         server.wait()
 
 
-def ask_client(address: str, model: str) -> Ask:
-    """How OpenAI's client asks."""
+def ask_client(address: str, model: str, read: Callable[[Path], Image]) -> Ask:
+    """How OpenAI's client asks; `read` opens a picture."""
     from openai import OpenAI
 
     client = OpenAI(base_url=address, api_key="none")
 
     def ask(picture: Path, question: str) -> Reply:
-        url = f"data:image/{picture.suffix[1:]};base64,{b64encode(picture.read_bytes()).decode()}"
         content = [
-            {"type": "image_url", "image_url": {"url": url.replace("image/jpg", "image/jpeg")}},
+            {"type": "image_url", "image_url": {"url": to_data_url(read(picture))}},
             {"type": "text", "text": question},
         ]
         stream = client.chat.completions.create(
@@ -149,14 +155,11 @@ def ask_client(address: str, model: str) -> Ask:
             stream_options={"include_usage": True},
         )
         chunks, times = clock(stream)
-        written = [
-            (chunk.choices[0].delta.content, moment)
-            for chunk, moment in zip(chunks, times)
-            if chunk.choices and chunk.choices[0].delta.content
-        ]
-        text = "".join(piece for piece, _ in written)
-        # The token that ends an answer has no text; a chunk may have several tokens.
-        return Reply(text, chunks[-1].usage.completion_tokens, written[-1][1] - written[0][1])
+        pieces = [chunk.choices[0].delta.content or "" if chunk.choices else "" for chunk in chunks]
+        written = [moment for piece, moment in zip(pieces, times) if piece] or times[:1]
+        # A piece may have several tokens.
+        n_tokens = chunks[-1].usage.completion_tokens
+        return Reply("".join(pieces), n_tokens, written[-1] - written[0])
 
     return ask
 

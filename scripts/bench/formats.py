@@ -170,7 +170,7 @@ def judge(
         simplify_answer(reply.text) == simplify_answer(question.answer)
         for reply, question in zip(replies, questions)
     ]
-    seconds = sum(reply.seconds for reply in replies)
+    seconds = max(sum(reply.seconds for reply in replies), 1e-9)
     return {
         "tool": form.tool,
         "format": form.name,

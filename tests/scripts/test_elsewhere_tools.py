@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from inference import load_vlm
+from scripts.bench.__main__ import TOOLS
 from scripts.bench.format_tools import BROWSERS, open_page
 from tests.helpers import ROOT, free_port, run_script
 
@@ -24,7 +25,7 @@ BLOCK = re.compile(r"((?:^\S.*\n)*)\n((?:^    .*\n|(?<=\n)\n(?=    ))+)(?=\n((?:
 MODEL, PICTURE = ROOT / "model/demo/sft_vlm_128.pth", ROOT / "dataset/eval_images/scene-3.png"
 QUESTION, ANSWER = "What color is the square?", "The square is yellow."
 LMMS_EVAL = ROOT / ".venv/lmms-eval"
-NOT_RUN_HERE = ("# not run here", "pip install", "http.server")
+NOT_RUN_HERE = ("# not run here", "pip install", "http.server", "scripts.bench")
 
 
 class Block(NamedTuple):
@@ -62,10 +63,6 @@ def find_blocks(title: str) -> list[Block]:
 
 def run_section(title: str, folder: Path) -> None:
     """Run the blocks of a section in a folder, one after the other; servers run until its end."""
-    # no module of this repository helps a snippet
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"PATH": f"{sys.prefix}/bin{os.pathsep}{env['PATH']}", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": folder, "env": env, "text": True}
     port = str(free_port())
     with ExitStack() as servers:
         for block in find_blocks(title):
@@ -73,17 +70,31 @@ def run_section(title: str, folder: Path) -> None:
             if block.file:
                 (folder / block.file).write_text(block.code, encoding="utf-8")
             elif "serve_openai_api" in block.code:
-                servers.enter_context(serving(f"{block.code} --port {port}", port, options))
+                servers.enter_context(serving(f"exec {block.code} --port {port}", port, folder))
             else:
-                finished = subprocess.run(block.command, capture_output=True, **options)
-                assert finished.returncode == 0, finished.stderr
-                assert (block.printed or "") in finished.stdout
+                assert (block.printed or "") in run(block.command, folder)
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints that a user types in a folder."""
+    finished = subprocess.run(
+        command, cwd=folder, env=user_environment(), capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def user_environment() -> dict[str, str]:
+    """The virtual environment is active, and no module of this repository helps a snippet."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    path = f"{sys.prefix}/bin{os.pathsep}{env['PATH']}"
+    return env | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
-def serving(command: str, port: str, options: dict):
+def serving(command: str, port: str, folder: Path):
     """Runs a server of OpenAI's API until nobody asks it any more."""
-    server = subprocess.Popen(["bash", "-c", f"exec {command}"], **options)
+    server = subprocess.Popen(["bash", "-c", command], cwd=folder, env=user_environment())
     try:
         for _ in range(600):
             try:
@@ -173,3 +184,17 @@ def test_lmms_eval_scores_the_export_as_we_do(whole_export):
     ]
     right = sum(answer == row["answer"] for answer, row in zip(answers, rows))
     assert score == pytest.approx(right / len(rows)) and right > len(rows) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
+def test_one_command_fills_the_table(whole_export):
+    """Each format is asked by its own tool, and those that compute in float32 answer the same."""
+    run([sys.executable, "-m", "scripts.bench", "formats", "--questions", "3"], whole_export)
+    rows = json.loads((whole_export / "out/bench.json").read_text())["formats"]
+    assert {row["tool"] for row in rows} == {*TOOLS}
+    assert all(row["megabytes"] > 1 and row["tokens_per_second"] > 1 for row in rows)
+    same = [row["same"] for row in rows if row["format"] == "float32"]
+    assert same == [3] * len(same) and len(same) == 5
+    table = (whole_export / "out/bench/formats.md").read_text().splitlines()
+    assert len(table) == len(rows) + 2
