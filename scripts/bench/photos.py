@@ -38,7 +38,7 @@ SHOWN = ("CIDEr-D", "BLEU-4", "ROUGE-L")
 # Reading: how often each caption comes; with how many words in the place of a picture, drawn from
 # a part of its own and a smaller part of those of the photograph's other captions.
 READINGS, N_WORDS, OWN_SHARE, OTHER_SHARE = 2, 24, 0.7, 0.3
-READING = {"batch_size": 16, "learning_rate": 1.2e-3, "warmup_iters": 100}
+READING = {"epochs": 1, "batch_size": 16, "learning_rate": 1.2e-3, "warmup_iters": 100}
 # What is a word, and words that no picture shows.
 WORD = {"en": r"\w+", "zh": r"[^\W\d_]"}
 FUNCTION_WORDS = (
