@@ -74,7 +74,8 @@ class Visit:
     def ask(self, question: str, pictures: list[Picture], refused: list = ()) -> None:
         """Send a question; what cannot be sent is told, and stays in the line to write in."""
         self.stop()
-        self.state.pop("notice", None)
+        for name in ("notice", "draft"):
+            self.state.pop(name, None)
         pictures = self.state.pop("waiting", []) + pictures
         n_pictures = len(self.conversation.pictures) + len(pictures)
         try:
@@ -88,10 +89,10 @@ class Visit:
                 refused,
             )
         except Problem as problem:
-            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES], question=question)
+            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES], draft=question)
             return
         if not self.conversation.pictures:
-            self.state["question"] = question
+            self.state["draft"] = question
         self.forget_look()
         self.stop_editing()
         self.key = self.service.store.keep(self.conversation, self.key)
