@@ -56,7 +56,7 @@ def main() -> None:
 
     # serve
     from inference import load_vlm
-    from scripts.serve_openai_api.app import Server
+    from scripts.serve_openai_api.server import Server
     from scripts.serve_openai_api.web_server import run
 
     vlm = load_vlm(**options)

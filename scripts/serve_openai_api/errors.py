@@ -1,6 +1,13 @@
 """What a client is told of an error, in OpenAI's form."""
 
+import json
+import traceback
 from typing import Any
+
+from fastapi.responses import Response
+
+from common.errors import BadSampleError, UserError
+from inference.chat import TooLongError
 
 
 class ApiError(Exception):
@@ -30,11 +37,36 @@ class ApiError(Exception):
     @property
     def content(self) -> dict[str, Any]:
         """The body of the response."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {
             "message": self.message,
-            "type": kinds.get(self.status, "invalid_request_error"),
+            "type": kinds.get(self.status, kind),
             "param": self.param,
             "code": self.code,
         }
         return {"error": error}
+
+
+def explain(error: BaseException) -> ApiError:
+    """What the client is told of an error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TooLongError):
+        return ApiError(str(error), code="context_length_exceeded", param="messages")
+    if isinstance(error, BadSampleError):
+        status = 413 if error.args[0] == "image too large" else 400
+        return ApiError(str(error), status=status, code="invalid_image", param="messages")
+    if isinstance(error, UserError):
+        return ApiError(str(error), param="messages")
+    # PyTorch reports a full memory in words of its own
+    is_full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if is_full or "can't allocate memory" in str(error):
+        return ApiError("the memory of the server is full: try again later", status=503)
+    traceback.print_exception(error)
+    return ApiError("something went wrong in the server: what it printed says more", status=500)
+
+
+def respond(content: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII: half a character of a message would be no UTF-8."""
+    return Response(json.dumps(content), status, headers, "application/json")

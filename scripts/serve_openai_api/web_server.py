@@ -5,7 +5,8 @@ from types import FrameType
 
 import uvicorn
 
-from scripts.serve_openai_api.app import Server, build_app
+from scripts.serve_openai_api.app import build_app
+from scripts.serve_openai_api.server import Server
 
 
 class WebServer(uvicorn.Server):
