@@ -104,6 +104,8 @@ def test_the_whole_way_on_a_few_photographs(tmp_path, monkeypatch):
     ]
     for row in table:
         assert row["CIDEr-D"]["low"] <= row["CIDEr-D"]["value"] <= row["CIDEr-D"]["high"]
-    # it learned 2 x 8 rows of photographs
-    log = (tmp_path / "work/zh/sft_vlm_64.log.jsonl").read_text(encoding="utf-8")
-    assert json.loads(log.splitlines()[-1])["event"] == "end"
+    # It read each of 2 x 8 rows of words once, and saw each of 8 photographs' rows twice.
+    for name, n_epochs in (("lm", 1), ("sft_vlm", 2)):
+        log = (tmp_path / f"work/zh/{name}_64.log.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(log[0])["epochs"] == n_epochs
+        assert json.loads(log[-1])["event"] == "end"
