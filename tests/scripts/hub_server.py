@@ -49,7 +49,7 @@ class HubServer:
         self.sizes: dict[str, int] = {}
         self.portal = False
         self.writer = "hf_secret"
-        self.blobs: dict[str, bytes] = {}  # SHA-256 -> large files that wait for their commit
+        self.blobs: dict[str, bytes] = {}  # SHA-256 -> an uploaded large file
         self.requests: list[Request] = []
         self.sent: dict[str, int] = {}  # bytes of each file's last answer
         self.resume = threading.Event()
