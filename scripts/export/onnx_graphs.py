@@ -49,7 +49,8 @@ def write_graphs(vlm: VLM, folder: Path, dtypes: tuple[str, ...] = tuple(DECODER
     """
     folder.mkdir(parents=True, exist_ok=True)
     print("tracing the vision encoder for ONNX ...", flush=True)
-    trace_vision_encoder(vlm, folder / VISION_NAME)
+    side = picture_side(vlm.processor.image_processor)
+    trace_vision_encoder(vlm.model, side, folder / VISION_NAME)
     onnx.save(build_embeddings(vlm.model), folder / EMBEDDINGS_NAME)
     for dtype in dtypes:
         onnx.save(build_decoder(vlm.model, dtype), folder / DECODER_NAMES[dtype])
@@ -67,10 +68,9 @@ class ImageEncoder(nn.Module):
         return self.vision_proj(self.vision_encoder(pixel_values))
 
 
-def trace_vision_encoder(vlm: VLM, path: Path) -> None:
-    """Write vision encoder and projector, for any number of pictures of their size."""
+def trace_vision_encoder(model: MiniMindVLM, side: int, path: Path) -> None:
+    """Write vision encoder and projector, for any number of pictures of `side` x `side` pixels."""
     # Two pictures: a trace takes a size of 1 for one that never changes.
-    side = picture_side(vlm.processor.image_processor)
     pictures = torch.zeros(2, 3, side, side)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -79,7 +79,7 @@ def trace_vision_encoder(vlm: VLM, path: Path) -> None:
         # What PyTorch says of its own parts is nothing for who exports a model.
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
-                ImageEncoder(vlm.model).eval(),
+                ImageEncoder(model).eval(),
                 (pictures,),
                 dynamo=True,
                 opset_version=OPSET,
