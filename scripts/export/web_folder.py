@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from inference.chat import MAX_QUESTION
+from inference.config import AskConfig
 from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME
 from inference.web.page_words import PAGE_WORDS
 from model.files import ROOT, is_demo_encoder, read_info
@@ -100,6 +101,7 @@ def describe(vlm: VLM) -> dict:
         "knows": PAGE_WORDS["knows_scenes"]["en"] if knows_scenes else "",
         "question": info.get("question") or QUESTION,
         "question_for_several": info.get("question_for_several") or QUESTION_FOR_SEVERAL,
+        "max_new_tokens": AskConfig.max_new_tokens,
         "prompt": prompt,
         "picture": describe_pictures(processor.image_processor),
         "decoder": {"n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim},

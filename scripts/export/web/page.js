@@ -1,8 +1,6 @@
 // The page: pictures and a question go in, an answer comes out word by word. The model is in
 // worker.js; what anybody wrote is put on the page as text, never as HTML.
 
-const MAX_NEW_TOKENS = 512; // of an answer, as in eval_vlm.py
-
 const $ = (id) => document.getElementById(id);
 const pictures = new Map(); // number -> {item: its place on the page, looked: a promise}
 let facts; // of model.json; undefined until the model is loaded
@@ -145,6 +143,7 @@ async function answer() {
   $("ask").textContent = "Stop";
   $("answer").textContent = "";
   $("answer").className = "writing";
+  $("answer").ariaBusy = true;
   $("speed").textContent = "";
   const began = performance.now();
 
@@ -159,7 +158,7 @@ async function answer() {
       $("speed").textContent = describeSpeed(step.ids.length, began, firstCame);
     };
     show();
-    while (!step.isOver && !isStopped && step.ids.length < MAX_NEW_TOKENS) {
+    while (!step.isOver && !isStopped && step.ids.length < facts.max_new_tokens) {
       step = await request("next");
       show();
     }
@@ -171,6 +170,7 @@ async function answer() {
   isAnswering = false;
   $("ask").textContent = "Ask";
   $("answer").className = "complete";
+  $("answer").ariaBusy = false;
 }
 
 /** "12 tokens, the first after 0.4 s, then 90 a second". */

@@ -1,6 +1,7 @@
 // From a picture's file to the numbers that the vision encoder takes. Pillow's bicubic resizing is
 // done here to the last bit (browsers have others), so the page answers like eval_vlm.py.
 
+// The limits of model/image.py.
 const MAX_BYTES = 64 * 2 ** 20;
 const MAX_PIXELS = 89e6;
 const MAX_ASPECT = 50;
@@ -37,10 +38,9 @@ export async function readPicture(file, facts) {
   const area = facts.side ** 2;
   const floats = new Float32Array(3 * area);
   for (let channel = 0; channel < 3; channel++) {
-    const { [channel]: mean } = facts.mean;
-    const { [channel]: std } = facts.std;
     for (let i = 0; i < area; i++) {
-      floats[channel * area + i] = (pixels[4 * i + channel] / 255 - mean) / std;
+      const share = pixels[4 * i + channel] / 255;
+      floats[channel * area + i] = (share - facts.mean[channel]) / facts.std[channel];
     }
   }
   return floats;
@@ -51,11 +51,8 @@ async function decode(file) {
   if (file.size > MAX_BYTES) throw new Error("it has over 64 MB");
   let bitmap;
   try {
-    // Like Pillow: colors as they are in the file, turned as the camera noted it.
-    bitmap = await createImageBitmap(file, {
-      colorSpaceConversion: "none",
-      imageOrientation: "from-image",
-    });
+    // Like Pillow: the colors that are in the file. It is turned as the camera noted it.
+    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
   } catch {
     throw new Error("this browser cannot open it as a picture; take a JPEG, PNG or WebP");
   }
