@@ -75,12 +75,12 @@ def check_vision_encoder(vision_encoder: VisionEncoder) -> None:
 
 def describe_class_token(vision_encoder: VisionEncoder, class_token: str) -> str:
     """What a user has to know of a file of this form."""
-    bug = "llama.cpp's bug #25814"
+    bug = "bug #25814 of llama.cpp"
     if vision_encoder.config.model_type != CLIP:
-        return f"gguf: {vision_encoder.family.name} has no class token, {bug} does not matter"
+        return f"gguf: {vision_encoder.family.name} has no class token, so {bug} does not matter"
     advice = {
-        "first": f"right once {bug} is fixed; until then add --gguf_class_token last",
-        "last": f"right as long as llama.cpp has {bug}; then leave out --gguf_class_token",
+        "first": f"right once {bug} is fixed: until then add --gguf_class_token last",
+        "last": f"right until {bug} is fixed: then leave out --gguf_class_token",
         "none": "the patches do not see the class token: measure what that costs",
     }
     return f"gguf: {advice[class_token]}"

@@ -73,6 +73,9 @@ def make_vlm(encoder: str, tokenizer: Path = TOKENIZER, **sizes) -> VLM:
     sizes = dict(dim=64, n_layers=2, vocab_size=len(tokenizer), max_seq_len=512) | sizes
     model = MiniMindVLM(VLMConfig.for_vision_encoder(vision_encoder, **sizes), vision_encoder)
     processor = VLMProcessor(tokenizer, image_processor, model.config)
+    # llama.cpp says no probabilities of half a character: no answer begins with one.
+    halves = [n for n in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([n])]
+    model.tok_embeddings.weight.data[halves] *= 0.1
     return VLM(model.eval(), processor, Path("small.pth"))
 
 
@@ -138,7 +141,7 @@ def distance(answer: dict, expected: dict[int, float]) -> float:
     return max(abs(token["logprob"] - expected[token["id"]]) for token in likeliest)
 
 
-FIRST_TOKENS = dict(max_new_tokens=4, logprobs=True, top_logprobs=5)
+FIRST_TOKENS = dict(max_new_tokens=1, logprobs=True, top_logprobs=5)
 
 
 def test_answers_without_a_picture_are_ours(llama_cpp, demo, exported):
@@ -173,14 +176,15 @@ def test_llama_cpp_computes_what_we_say_of_each_form(form, n_images, llama_cpp, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("images", [[], [picture(0, (60, 60))], [picture(1), picture(2)]])
+@pytest.mark.parametrize("n_images", [0, 1, 2])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_siglip_needs_no_class_token(tokenizer, images, llama_cpp, tmp_path):
+def test_siglip_needs_no_class_token(tokenizer, n_images, llama_cpp, tmp_path):
     """Nothing is wrong with it; and the published tokenizer has a system turn in Chinese."""
     vlm = make_vlm("siglip", tokenizer)
-    (answer,) = llama_cpp.ask(export(vlm, tmp_path), [(images, TEXTS[0])], **FIRST_TOKENS)
-    tags = "<image>\n" * len(images)
-    input_ids = vlm.processor.encode_prompt([{"content": tags + TEXTS[0]}], len(images))
+    images = [picture(seed, (60, 60)) for seed in range(n_images)]
+    (answer,) = llama_cpp.ask(export(vlm, tmp_path), [(images, TEXTS[1])], **FIRST_TOKENS)
+    tags = "<image>\n" * n_images
+    input_ids = vlm.processor.encode_prompt([{"content": tags + TEXTS[1]}], n_images)
     logits = vlm.model(input_ids, vlm.processor.preprocess(images)).logits[0, -1]
     expected = dict(enumerate(logits.log_softmax(-1).tolist()))
     assert distance(answer, expected) < 0.02
