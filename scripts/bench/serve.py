@@ -35,7 +35,8 @@ from common.packages import check_packages
 DEMO = "model/demo/sft_vlm_128.pth"
 LEAST_REQUESTS = 8
 NEW_TOKENS = 32
-SECONDS = 900  # for one answer, and for a server to start
+# For one answer, and for a server to start.
+SECONDS = 900
 # Pictures: a new one for each request, or a few that the server has seen.
 KINDS = {"new": None, "seen": 4}
 PICTURE_SIDE = 224
@@ -77,7 +78,7 @@ def measure(args: Namespace) -> list[dict]:
         if not (exported / "config.json").is_file():
             raise UserError(f"--exported {exported} is no transformers directory: export one")
         servers = {
-            name: stack.enter_context(running(command, Path(folder) / "log"))
+            name: stack.enter_context(running(command, Path(folder) / f"{name}.log"))
             for name, command in list_commands(exported).items()
         }
         for server in servers.values():

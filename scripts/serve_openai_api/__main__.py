@@ -60,7 +60,8 @@ def main() -> None:
     from scripts.serve_openai_api.web_server import run
 
     vlm = load_vlm(**options)
-    name = config.model_name or vlm.weights.resolve().stem
+    path = vlm.weights.resolve()
+    name = config.model_name or (path.name if path.is_dir() else path.stem)
     print(describe(config, name, api_key), flush=True)
     run(Server(vlm, config, name, api_key), listener)
 

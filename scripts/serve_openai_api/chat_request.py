@@ -1,4 +1,7 @@
-"""A request for /v1/chat/completions, checked: nothing of it is ignored in silence."""
+"""A request for /v1/chat/completions, checked: an option that has no effect here is refused.
+
+Only the detail of a picture is not looked at: a picture is seen in one size.
+"""
 
 import base64
 import binascii
@@ -18,6 +21,7 @@ MAX_MESSAGES = 200
 # Characters of all messages; more would be encoded for seconds before they are found too many.
 MAX_CHARACTERS = 20 * MAX_QUESTION
 MAX_STOPS, MAX_STOP = 4, 200
+MESSAGE_FIELDS = {"role", "content", "name"}
 # Options that say who asks, which changes no answer.
 NOTES = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Options of OpenAI that this server does not have, with the values that ask for nothing.
@@ -166,10 +170,9 @@ def take_number(
     whole: bool = False,
 ) -> float | None:
     """A number from `least` to `most`."""
-    value = given.get(name, default)
-    if value is None or name not in given:
+    if name not in given:
         return default
-    what = f"a {'whole ' * whole}number from {least} to {most}"
+    value, what = given[name], f"a {'whole ' * whole}number from {least} to {most}"
     is_number = isinstance(value, int | (int if whole else float)) and not isinstance(value, bool)
     if not is_number or not least <= value <= most:
         raise refuse(f"{name} is {value!r:.40}: it has to be {what}", name)
@@ -245,9 +248,11 @@ def read_message(
         raise refuse(
             f"{place}.role is {role!r:.40}: it has to be system, user or assistant", f"{place}.role"
         )
-    for name in ("tool_calls", "function_call", "audio"):
-        if message.get(name):
-            raise refuse(f"{place}.{name} is not supported here: leave it out", f"{place}.{name}")
+    for name in message.keys() - MESSAGE_FIELDS:
+        # an answer of OpenAI's client has many empty ones
+        if message[name]:
+            here = f"{place}.{name:.60}"
+            raise refuse(f"{here!r} is not supported here: leave it out", here)
 
     # the text, or a list of texts and pictures
     place = f"{place}.content"

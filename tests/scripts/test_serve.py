@@ -147,6 +147,18 @@ def test_what_is_typed_is_text(client, vlm, text):
     assert ask(client, about(text, SCENES[0])) == vlm.ask(SCENES[0], text, temperature=0)
 
 
+def test_an_answer_of_the_client_can_be_part_of_the_next_question(client, vlm):
+    """With all its empty fields."""
+    answer = client.chat.completions.create(model=NAME, messages=[about(QUESTION, SCENES[0])])
+    message = answer.choices[0].message
+    assert "tool_calls" in message.model_dump()
+    chat = vlm.start_chat()
+    list(chat.ask(QUESTION, [SCENES[0]], temperature=0))
+    expected = "".join(chat.ask("And?", temperature=0))
+    messages = [about(QUESTION, SCENES[0]), message.model_dump(), user("And?")]
+    assert ask(client, *messages) == expected
+
+
 def test_a_stream_ends_with_what_it_took(client, vlm):
     expected = vlm.ask(SCENES[0], QUESTION, temperature=0)
     options = dict(stream=True, stream_options={"include_usage": True})
@@ -312,6 +324,7 @@ TEXT = [{"role": "user", "content": "hello"}]
         ({"messages": [user("🙂" * 9_000)]}, "the model takes 8192"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "text or image"),
         ({"messages": TEXT * 201}, "201"),
+        ({"messages": [TEXT[0] | {"tool_calls": [1]}]}, "tool_calls"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": "0.5"}, "temperature"),
         ({"temperature": True}, "temperature"),
