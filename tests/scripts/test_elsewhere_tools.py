@@ -78,23 +78,23 @@ def run_section(title: str, folder: Path) -> None:
 def run(command: list[str], folder: Path) -> str:
     """What a command prints that a user types in a folder."""
     finished = subprocess.run(
-        command, cwd=folder, env=user_environment(), capture_output=True, text=True
+        command, cwd=folder, env=user_environment(folder), capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
 
-def user_environment() -> dict[str, str]:
+def user_environment(home: Path) -> dict[str, str]:
     """The virtual environment is active, and no module of this repository helps a snippet."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = f"{sys.prefix}/bin{os.pathsep}{env['PATH']}"
-    return env | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    return env | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "out/hf")}
 
 
 @contextmanager
 def serving(command: str, port: str, folder: Path):
     """Runs a server of OpenAI's API until nobody asks it any more."""
-    server = subprocess.Popen(["bash", "-c", command], cwd=folder, env=user_environment())
+    server = subprocess.Popen(["bash", "-c", command], cwd=folder, env=user_environment(folder))
     try:
         for _ in range(600):
             try:
