@@ -76,6 +76,8 @@ def show_composer(visit: Visit) -> None:
     A question is taken in a callback: Streamlit may end a run at any call that draws, and what was
     sent would be lost with it.
     """
+    # Each run says it until the next question, for a browser may skip what one run draws; it writes
+    # the same text only once, so that what the visitor changes stays.
     if (draft := visit.state.get("draft")) is not None:
         visit.state["question"] = draft
     st.chat_input(
@@ -87,8 +89,6 @@ def show_composer(visit: Visit) -> None:
         on_submit=send,
         args=(visit,),
     )
-    # not before it was drawn, which another run may come between
-    visit.state.pop("draft", None)
 
 
 def send(visit: Visit) -> None:

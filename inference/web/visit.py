@@ -74,8 +74,9 @@ class Visit:
     def ask(self, question: str, pictures: list[Picture], refused: list = ()) -> None:
         """Send a question; what cannot be sent is told, and stays in the line to write in."""
         self.stop()
-        for name in ("notice", "draft"):
-            self.state.pop(name, None)
+        self.state.pop("notice", None)
+        # A browser is told of a text once, so the same one comes back a space longer.
+        draft = question + " " * (question == self.state.pop("draft", None))
         pictures = self.state.pop("waiting", []) + pictures
         n_pictures = len(self.conversation.pictures) + len(pictures)
         try:
@@ -89,10 +90,10 @@ class Visit:
                 refused,
             )
         except Problem as problem:
-            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES], draft=question)
+            self.state.update(notice=problem, waiting=pictures[:MAX_PICTURES], draft=draft)
             return
         if not self.conversation.pictures:
-            self.state["draft"] = question
+            self.state["draft"] = draft
         self.forget_look()
         self.stop_editing()
         self.key = self.service.store.keep(self.conversation, self.key)

@@ -116,8 +116,8 @@ def ask(page, question: str) -> None:
 
 def wait_for_line(page, text: str) -> None:
     """Until this is in the line to write in."""
-    is_there = "text => document.querySelector('[data-testid=stChatInputTextArea]').value === text"
-    page.wait_for_function(is_there, arg=text)
+    line = "document.querySelector('[data-testid=stChatInputTextArea]').value.trim()"
+    page.wait_for_function(f"text => {line} === text", arg=text.strip())
 
 
 def answers(page):
