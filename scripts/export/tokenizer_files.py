@@ -26,64 +26,63 @@ CUT = "\ufdd0"
 # A "Regex", although it is one character: transformers.js does not remove a "String".
 CUT_STEP = {"type": "Split", "pattern": {"Regex": CUT}, "behavior": "Removed", "invert": False}
 
-# SYSTEM and ESCAPES are filled in; every "{%-" takes the line break before it away.
-TEMPLATE = """\
-{#- What somebody wrote: no token of the format, and no blank at its start joins it. -#}
-{#- A line break keeps an '@' away from a picture. -#}
-{%- macro typed(text, is_behind, is_before) -%}
-{{- '\\n' if is_behind and text[:1] == '@' else '' -}}
-{{- 'CUT' if not is_behind and text != text | trim else '' -}}
-{{- textESCAPES -}}
-{{- '\\n' if is_before and text[-1:] == '@' else '' -}}
+# CUT, ESCAPES and SYSTEM are filled in. The dashes take away line breaks and blanks between parts.
+TEMPLATE = r"""
+{#- What somebody wrote: no token of the format is in it, and no blank joins what is before it.
+    A line break keeps an '@' away from a picture. -#}
+{%- macro typed(text, is_behind_image, is_before_image) -%}
+  {{- '\n' if is_behind_image and text[:1] == '@' else '' -}}
+  {{- 'CUT' if not is_behind_image and text != text | trim else '' -}}
+  {{- textESCAPES -}}
+  {{- '\n' if is_before_image and text[-1:] == '@' else '' -}}
 {%- endmacro -%}
 
 {%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<s>system\\n' + SYSTEM + '</s>\\n' -}}
-{%- endif -%}
-{{- '<s>' + message['role'] + '\\n' -}}
+  {%- if loop.first and message['role'] != 'system' -%}
+    {{- '<s>system\n' + SYSTEM + '</s>\n' -}}
+  {%- endif -%}
+  {{- '<s>' + message['role'] + '\n' -}}
 
-{#- its text, and how many pictures it has: in plain text each <image> is one -#}
-{%- set turn = namespace(text='', images=0, piece='') -%}
-{%- if message['content'] is string -%}
-{%- set turn.text = message['content'] -%}
-{%- set turn.images = turn.text.split('<image>') | length - 1 -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'text' -%}
-{%- set turn.text = turn.text + part['text'] -%}
-{%- elif part['type'] in ['image', 'image_url'] -%}
-{%- set turn.images = turn.images + 1 -%}
-{%- else -%}
-{{- raise_exception('MiniMind-V takes text and images, not ' + part['type']) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
+  {#- Its text, and how many pictures it has. In a plain text each <image> is one. -#}
+  {%- set turn = namespace(text='', images=0, piece='') -%}
+  {%- if message['content'] is string -%}
+    {%- set turn.text = message['content'] -%}
+    {%- set turn.images = turn.text.split('<image>') | length - 1 -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'text' -%}
+        {%- set turn.text = turn.text + part['text'] -%}
+      {%- elif part['type'] in ['image', 'image_url'] -%}
+        {%- set turn.images = turn.images + 1 -%}
+      {%- else -%}
+        {{- raise_exception('MiniMind-V takes text and images, not ' + part['type']) -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
 
-{%- if message['role'] == 'user' -%}
-{#- Pictures are where <image> is typed, the others at the start. -#}
-{%- for _ in range(turn.images - turn.text.split('<image>') | length + 1) -%}
-{%- set turn.text = '<image>\\n' + turn.text -%}
-{%- endfor -%}
-{#- An <image> that has no picture is left out. -#}
-{%- for piece in turn.text.split('<image>') -%}
-{%- set turn.piece = turn.piece + piece -%}
-{%- if loop.index <= turn.images -%}
-{{- typed(turn.piece, loop.index > 1, true) + '<image>' -}}
-{%- set turn.piece = '' -%}
-{%- endif -%}
-{%- endfor -%}
-{{- typed(turn.piece, turn.images > 0, false) -}}
-{%- else -%}
-{{- typed(turn.text, false, false) -}}
-{%- endif -%}
-
-{{- '</s>\\n' -}}
+  {%- if message['role'] == 'user' -%}
+    {#- Pictures are where <image> is typed, the others at the start. -#}
+    {%- for _ in range(turn.images - turn.text.split('<image>') | length + 1) -%}
+      {%- set turn.text = '<image>\n' + turn.text -%}
+    {%- endfor -%}
+    {#- An <image> that has no picture is left out. -#}
+    {%- for piece in turn.text.split('<image>') -%}
+      {%- set turn.piece = turn.piece + piece -%}
+      {%- if loop.index <= turn.images -%}
+        {{- typed(turn.piece, loop.index > 1, true) + '<image>' -}}
+        {%- set turn.piece = '' -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {{- typed(turn.piece, turn.images > 0, false) -}}
+  {%- else -%}
+    {{- typed(turn.text, false, false) -}}
+  {%- endif -%}
+  {{- '</s>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<s>assistant\\n' -}}
+  {{- '<s>assistant\n' -}}
 {%- endif -%}
-"""
+""".lstrip()
 
 
 def chat_template(processor: VLMProcessor) -> str:
@@ -91,7 +90,8 @@ def chat_template(processor: VLMProcessor) -> str:
     special = dict.fromkeys([*processor.tokenizer.all_special_tokens, IMAGE_TAG])
     escapes = "".join(f" | replace({quote(token)}, {quote(cut_token(token))})" for token in special)
     system = quote(processor.default_system)
-    return TEMPLATE.replace("ESCAPES", escapes).replace("SYSTEM", system).replace("CUT", CUT)
+    # The system text last: it may be any, even "CUT".
+    return TEMPLATE.replace("CUT", CUT).replace("ESCAPES", escapes).replace("SYSTEM", system)
 
 
 def quote(text: str) -> str:

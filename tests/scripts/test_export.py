@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from scripts.export import transformers_directory
 from scripts.export.__main__ import main
 from scripts.export.config import ExportConfig
 from scripts.export.model_card import escape
+from scripts.export.tokenizer_files import chat_template
 from tests.helpers import ROOT, TOKENIZER, free_port, run_script, user
 from tests.scripts.ask_exported import MAX_NEW_TOKENS, ask_exported
 from tests.scripts.hub_server import HubServer
@@ -228,6 +230,16 @@ def test_typed_text_is_encoded_as_here(exported, demo):
             assert [it for it, n in zip(ids, repeats) for _ in range(n)] == ours.tolist()
 
     compare()
+
+
+def test_any_default_system_text(demo):
+    """It is put into the template as it is, though that has words that are filled in."""
+    text = "CUT it's \\ 'SYSTEM'\n\u3000你好"
+    processor = SimpleNamespace(tokenizer=demo.processor.tokenizer, default_system=text)
+    rendered = demo.processor.tokenizer.apply_chat_template(
+        [user("What?")], chat_template=chat_template(processor), tokenize=False
+    )
+    assert rendered == f"<s>system\n{text}</s>\n<s>user\nWhat?</s>\n"
 
 
 def test_a_conversation_is_encoded_as_here(exported, demo):
