@@ -16,7 +16,11 @@ from scripts.docs.web_page import wait_for_page
 from tests.helpers import ROOT, free_port, picture, start_script
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+# A robot is faster than a person, and a busy machine slower than its patience.
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed"),
+    pytest.mark.flaky(reruns=3),
+]
 PATIENCE = 45_000  # ms; a busy machine is slow
 
 # The page, but a question that begins with "echo" is answered with itself, a character at a time;
