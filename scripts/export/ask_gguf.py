@@ -18,11 +18,12 @@ from PIL import Image
 
 from common.errors import MissingFileError, UserError, run_command
 from common.flags import check_options, option, parse_flags
+from common.numbers import check_number
 from common.packages import check_packages
 from model.image import load_image
 
-# What a prompt and its answer may have together: two pictures and a long answer.
-CONTEXT = 2048
+# Pixels of a side of the pictures that a vision encoder takes at most.
+LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class AskGgufConfig:
     image: str = option("", "a picture", positional=True)
     prompt: str = option("", "the question", positional=True)
     precision: Literal["F16", "Q8_0", "Q4_0"] = option("F16", "of the language model")
-    max_new_tokens: int = option(512, "longest answer, in tokens", least=1, most=CONTEXT)
+    max_new_tokens: int = option(512, "longest answer, in tokens", least=1, most=100_000)
     temperature: float = option(
         0.0, "0 takes the likeliest token, larger numbers give rarer ones a chance", least=0
     )
@@ -58,19 +59,16 @@ class LlamaCpp:
     """
 
     def __init__(self, folder: str | Path, precision: str = "F16", n_threads: int = 1):
-        import gguf
         import xllamacpp
 
         # the two files
         language_model, vision_encoder = find_files(Path(folder), precision)
-        reader = gguf.GGUFReader(vision_encoder)
-        self.image_size = int(reader.get_field(gguf.Keys.ClipVision.IMAGE_SIZE).contents())
-        self.is_clip = any(tensor.name == "v.pre_ln.weight" for tensor in reader.tensors)
+        self.image_size, self.is_clip = read_picture_kind(vision_encoder)
 
         # one answer at a time; the cache in 32 bits, as here
         params = xllamacpp.CommonParams()
         params.model.path, params.mmproj.path = str(language_model), str(vision_encoder)
-        params.n_parallel, params.n_ctx = 1, CONTEXT
+        params.n_parallel = 1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = n_threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -81,7 +79,8 @@ class LlamaCpp:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise UserError(
-                f"llama.cpp cannot load {language_model} ({error}): export it again"
+                f"llama.cpp cannot load {language_model.name} with {vision_encoder.name} in "
+                f"{language_model.parent}: export them again"
             ) from error
         self.address = self.server.listening_address
 
@@ -122,7 +121,8 @@ class LlamaCpp:
         }
         answer = self.server.handle_chat_completions(request | more)
         if "choices" not in answer:
-            raise UserError(f"llama.cpp gives no answer: {answer!s:.200}")
+            reason = answer.get("error", {}).get("message", answer)
+            raise UserError(f"llama.cpp gives no answer: {reason!s:.200}")
         return answer["choices"][0]
 
 
@@ -137,6 +137,21 @@ def find_files(folder: Path, precision: str) -> tuple[Path, Path]:
         f"no *-{precision}.gguf beside an mmproj-*.gguf in {folder}: write them with "
         "`python -m scripts.export MODEL --to gguf`"
     )
+
+
+def read_picture_kind(path: Path) -> tuple[int, bool]:
+    """(pixels of a side, whether it is a CLIP) of an mmproj file; UserError for any other file."""
+    import gguf
+
+    # The reader checks little of what it reads.
+    try:
+        reader = gguf.GGUFReader(path)
+        side = int(reader.get_field(gguf.Keys.ClipVision.IMAGE_SIZE).contents())
+        is_clip = any(tensor.name == "v.pre_ln.weight" for tensor in reader.tensors)
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} is no mmproj file ({error!s:.80}): export it again") from error
+    check_number(f"the image_size in {path.name}", side, 1, LARGEST_SIDE)
+    return side, is_clip
 
 
 def make_square(image: Image.Image, side: int, is_clip: bool) -> Image.Image:

@@ -1,6 +1,7 @@
 """GGUF files, read by llama.cpp itself (xllamacpp): its answers and ours, form by form."""
 
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,6 +258,25 @@ def test_the_export_says_what_the_form_is_for(form, advice, demo, tmp_path, caps
     export(demo, tmp_path, form)
     (line,) = capsys.readouterr().out.splitlines()
     assert advice in line
+
+
+@pytest.mark.parametrize("name", ["mmproj-sft_vlm_128-F16.gguf", "sft_vlm_128-F16.gguf"])
+@pytest.mark.parametrize("damage", [b"", b"hello", 100_000, "another file"])
+def test_damaged_files_are_refused(damage, name, llama_cpp, exported, tmp_path):
+    shutil.copytree(exported["last"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "gguf" / name
+    if damage == "another file":
+        (other,) = set(path.parent.glob("*-F16.gguf")) - {path}
+        shutil.copy(other, path)
+    else:
+        path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    with pytest.raises(UserError, match=name):
+        llama_cpp.ask(tmp_path, [([], "red")])
+
+
+def test_a_question_that_is_too_long_is_refused(llama_cpp, exported):
+    with pytest.raises(UserError, match="exceeds the available context"):
+        llama_cpp.ask(exported["last"], [([], "a b " * 9000)])
 
 
 def test_what_llama_cpp_has_not_is_refused(tmp_path):
