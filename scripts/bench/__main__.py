@@ -75,6 +75,8 @@ def parse_args() -> argparse.Namespace:
         default=[512],
         help="widths of the model: 512 (8 layers), 768 (16 layers) (default: 512)",
     )
+    gguf = "folder of .gguf files of a model of such a width: llama.cpp decodes them beside ours"
+    add("--gguf", type=Path, help=gguf)
     recipes = ("published", "levers", "ours")
     add(
         "--recipes",

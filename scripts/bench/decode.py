@@ -1,67 +1,80 @@
-"""Decoding speed: the published loop and ours, on the prompt of one image."""
+"""Decoding speed: the published loop, ours, ours on onnxruntime, and llama.cpp.
+
+The prompt is that of one image. Rounds are interleaved: what slows the machine slows all recipes.
+"""
 
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from common.packages import check_packages
 from inference.quantize import quantize
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
 from scripts.bench.published.decode import decode as decode_as_published
+from scripts.bench.runs import WORK
 from scripts.download.items import LAYERS
 
 # Of the published question about one picture.
 PROMPT_TOKENS = 238
 NEW_TOKENS = 128
 REPEATS = 3
-RECIPES = {
-    "published": "float32",
-    "ours, float32": "float32",
-    "ours, float16": "float16",
-    "ours, int8": "int8",
+# The first round warms up.
+N_ROUNDS = REPEATS + 1
+# Bytes of a weight, with its share of a scale.
+WEIGHT_BYTES = {
+    **{"float32": 4, "float16": 2, "int8": 1, "int4": 4 / 8 + 4 / 32},
+    **{"F16": 2, "Q8_0": 1 + 2 / 32, "Q4_0": 4 / 8 + 2 / 32},
 }
-WEIGHT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+class Recipe(NamedTuple):
+    """A way to decode.
+
+    Args:
+        weights: their dtype.
+        clock: one answer -> (tokens/s after the first, seconds to the first).
+    """
+
+    weights: str
+    clock: Callable[[], tuple[float, float]]
 
 
 def measure(args: Namespace) -> list[dict]:
-    """Rows of recipe, dim, tokens_per_second, seconds_to_first_token, bytes_per_second.
+    """Rows of recipe, dim, tokens_per_second, seconds_to_first_token, bytes_per_second: medians.
 
     The vision encoder's time is not in them.
     """
     bandwidth, rows = read_bandwidth(args.device), []
     print(f"memory: {bandwidth / 1e9:.1f} GB/s are read at best")
     print(
-        f"{'recipe':16}{'dim':>5}{'tokens/s':>10}{'first token':>13}{'weights read':>14}"
+        f"{'recipe':21}{'dim':>5}{'tokens/s':>10}{'first token':>13}{'weights read':>14}"
         f"{'of the best':>13}"
     )
     for dim in args.dims:
-        # the prompt
-        config = VLMConfig(dim=dim, n_layers=LAYERS[dim])
-        input_ids = torch.arange(100, 100 + PROMPT_TOKENS, device=args.device)[None]
-        input_ids[:, 20 : 20 + config.n_image_tokens] = config.image_token_id
-        features = torch.randn(1, config.n_image_tokens, config.vision_dim, device=args.device)
-        for recipe, dtype in RECIPES.items():
-            # Quantized weights are for CPUs.
-            if args.device != "cpu" and dtype != "float32":
-                continue
+        # measure
+        recipes = open_recipes(args, VLMConfig(dim=dim, n_layers=LAYERS[dim]))
+        clocked = {name: [] for name in recipes}
+        for _ in range(N_ROUNDS):
+            for name, recipe in recipes.items():
+                clocked[name].append(recipe.clock())
 
-            # measure
-            torch.manual_seed(0)
-            model = MiniMindVLM(config).eval()
-            quantize(model, dtype)
-            decode = decode_as_published if recipe == "published" else decode_as_ours
-            rate, first = clock(decode, model.to(args.device), input_ids, features)
-            bytes_per_second = rate * count_weights_read(model) * WEIGHT_BYTES[dtype]
-
-            # show
+        # show
+        n_weights = count_weights_read(VLMConfig(dim=dim, n_layers=LAYERS[dim]))
+        for name, recipe in recipes.items():
+            rate, first = map(statistics.median, zip(*clocked[name][1:]))
+            bytes_per_second = rate * n_weights * WEIGHT_BYTES[recipe.weights]
             rows.append(
                 {
-                    "recipe": recipe,
+                    "recipe": name,
                     "dim": dim,
-                    "weights": dtype,
+                    "weights": recipe.weights,
                     "tokens_per_second": rate,
                     "seconds_to_first_token": first,
                     "bytes_per_second": bytes_per_second,
@@ -69,15 +82,90 @@ def measure(args: Namespace) -> list[dict]:
                 }
             )
             print(
-                f"{recipe:16}{dim:5}{rate:10.1f}{first:11.2f} s{bytes_per_second / 1e9:9.1f} GB/s"
+                f"{name:21}{dim:5}{rate:10.1f}{first:11.2f} s{bytes_per_second / 1e9:9.1f} GB/s"
                 f"{100 * bytes_per_second / bandwidth:11.0f} %",
                 flush=True,
             )
     return rows
 
 
+def open_recipes(args: Namespace, config: VLMConfig) -> dict[str, Recipe]:
+    """All ways to decode that there are on the device, each with a model of its own."""
+    # the prompt
+    torch.manual_seed(0)
+    input_ids = torch.arange(100, 100 + PROMPT_TOKENS, device=args.device)[None]
+    input_ids[:, 20 : 20 + config.n_image_tokens] = config.image_token_id
+    features = torch.randn(1, config.n_image_tokens, config.vision_dim, device=args.device)
+
+    # ours; quantized weights are for CPUs
+    recipes = {}
+    is_cpu = args.device == "cpu"
+    for dtype in ("float32", "float16", "int8") if is_cpu else ("float32",):
+        model = MiniMindVLM(config).eval()
+        quantize(model, dtype)
+        model.to(args.device)
+        if dtype == "float32":
+            clock_it = partial(clock, decode_as_published, model, input_ids, features)
+            recipes["published"] = Recipe(dtype, clock_it)
+        clock_it = partial(clock, decode_as_ours, model, input_ids, features)
+        recipes[f"ours, {dtype}"] = Recipe(dtype, clock_it)
+    if not is_cpu:
+        return recipes
+
+    # the same as graphs, whose features are projected already
+    patches = torch.randn(1, config.n_image_tokens, config.dim)
+    for dtype, model in open_graphs(config):
+        clock_it = partial(clock, decode_as_ours, model, input_ids, patches)
+        recipes[f"onnxruntime, {dtype}"] = Recipe(dtype, clock_it)
+
+    # llama.cpp
+    for precision in find_precisions(args.gguf, config.dim) if args.gguf else ():
+        from scripts.bench.llama_cpp import decode_speed
+
+        n_threads = torch.get_num_threads()
+        clock_it = partial(decode_speed, args.gguf, precision, PROMPT_TOKENS, NEW_TOKENS, n_threads)
+        recipes[f"llama.cpp, {precision}"] = Recipe(precision, clock_it)
+    return recipes
+
+
+def open_graphs(config: VLMConfig) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(dtype, model that onnxruntime runs) of a random model, for each dtype."""
+    check_packages("requirements-export.txt", "onnx", "onnxscript", "onnxruntime")
+    import onnx
+
+    from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME
+    from inference.onnx_model import OnnxVLM
+    from scripts.export.onnx_decoder import build_decoder
+    from scripts.export.onnx_graphs import build_embeddings
+
+    model, folder = MiniMindVLM(config).eval(), WORK / f"decode_{config.dim}"
+    (folder / "onnx").mkdir(parents=True, exist_ok=True)
+    # It is there, and nobody looks through it.
+    (folder / "onnx" / VISION_NAME).touch()
+    onnx.save(build_embeddings(model), folder / "onnx" / EMBEDDINGS_NAME)
+    for dtype, name in DECODER_NAMES.items():
+        onnx.save(build_decoder(model, dtype), folder / "onnx" / name)
+        yield dtype, OnnxVLM(config, folder, dtype)
+
+
+def find_precisions(folder: Path, dim: int) -> list[str]:
+    """Those of a folder of GGUF files whose language model is as wide as `dim`."""
+    check_packages("requirements-export.txt", "gguf")
+    check_packages("requirements-dev.txt", "xllamacpp")
+    import gguf
+
+    def width(path: Path) -> int:
+        return gguf.GGUFReader(path).get_field("llama.embedding_length").contents()
+
+    return [
+        precision
+        for precision in ("F16", "Q8_0", "Q4_0")
+        if any(width(path) == dim for path in folder.glob(f"[!m]*-{precision}.gguf"))
+    ]
+
+
 def decode_as_ours(
-    model: MiniMindVLM, input_ids: torch.Tensor, image_features: torch.Tensor, n_new: int
+    model: torch.nn.Module, input_ids: torch.Tensor, image_features: torch.Tensor, n_new: int
 ) -> Iterator[torch.Tensor]:
     """As `decode` of published/decode.py; no token is the end of the answer."""
     return model.generate(
@@ -87,29 +175,24 @@ def decode_as_ours(
 
 def clock(
     decode: Callable[..., Iterator],
-    model: MiniMindVLM,
+    model: torch.nn.Module,
     input_ids: torch.Tensor,
     features: torch.Tensor,
 ) -> tuple[float, float]:
-    """(tokens/s after the first, seconds to the first), medians.
+    """(tokens/s after the first, seconds to the first) of one answer.
 
     Args:
         decode: one of the loops.
         model: on the device.
         input_ids: int64[1, PROMPT_TOKENS].
-        features: float[1, patches, vision_dim].
+        features: float[1, patches, width] that `model` takes.
     """
-    rates, firsts = [], []
-    for _ in range(REPEATS + 1):
-        times = [time.perf_counter()]
-        for _ in decode(model, input_ids, features, NEW_TOKENS):
-            if input_ids.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-        firsts.append(times[1] - times[0])
-        rates.append((len(times) - 2) / (times[-1] - times[1]))
-    # The first round warms up.
-    return statistics.median(rates[1:]), statistics.median(firsts[1:])
+    times = [time.perf_counter()]
+    for _ in decode(model, input_ids, features, NEW_TOKENS):
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+    return (len(times) - 2) / (times[-1] - times[1]), times[1] - times[0]
 
 
 def read_bandwidth(device: str) -> float:
@@ -124,9 +207,10 @@ def read_bandwidth(device: str) -> float:
     return x.numel() * x.element_size() / best
 
 
-def count_weights_read(model: MiniMindVLM) -> int:
+def count_weights_read(config: VLMConfig) -> int:
     """Number of weights that every token reads: those of the layers and of the head."""
-    parts = [*model.layers.modules(), model.output]
-    names = ("weight", "quantized")
-    tensors = [getattr(part, name) for part in parts for name in names if hasattr(part, name)]
-    return sum(tensor.numel() for tensor in tensors)
+    with torch.device("meta"):
+        model = MiniMindVLM(config)
+    return sum(
+        weight.numel() for part in (model.layers, model.output) for weight in part.parameters()
+    )

@@ -136,7 +136,7 @@ def test_what_cannot_be_is_one_line(options, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_small_dtypes_cost_no_exact_answers(demo, exported, tmp_path, dtype):
-    """Of 200 questions about new pictures at most one more is answered in another way."""
+    """Of 200 questions about new pictures at most one more is answered wrongly."""
     write_scene_set(tmp_path, {"eval": 200})
     rows, images = tmp_path / "eval_vlm_data.jsonl", tmp_path / "eval_images"
     exact = []
@@ -144,7 +144,7 @@ def test_small_dtypes_cost_no_exact_answers(demo, exported, tmp_path, dtype):
         evaluation = Evaluation(vlm, VLMDataset(rows, images, vlm.processor, 512), batch_size=20)
         answered = list(evaluation.answer(evaluation.collect(), "right"))
         exact.append(sum(it.given["right"] in it.right_answers for it in answered) / len(answered))
-    assert exact[0] > 0.7 and abs(exact[1] - exact[0]) <= 0.005, exact
+    assert exact[0] > 0.7 and exact[1] >= exact[0] - 0.005, exact
 
 
 @pytest.mark.parametrize("name", ["siglip", "dinov2_with_registers"])
@@ -163,20 +163,31 @@ def test_other_vision_encoders_are_traced_too(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(given), expected, rtol=0, atol=1e-4)
 
 
+def dequantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what `quantize_int4` makes of float[out, in], the scale of each weight)."""
+    packed, scale = quantize_int4(weight)
+    numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(2)  # (out, blocks, BLOCK)
+    scale = scale[..., None].expand(numbers.shape)
+    return ((numbers.float() - 8) * scale).flatten(1), scale.flatten(1)
+
+
 def test_linear_layers_in_each_dtype():
     """A matrix product is that of the dequantized weights, whatever is in them."""
     torch.manual_seed(0)
     weight = torch.randn(24, 3 * BLOCK)
     weight[3], weight[5, :BLOCK], weight[7, 0] = 0, 0, 40
     x = torch.randn(5, weight.shape[1])
-    for dtype, tolerance in (("float32", 1e-5), ("int8", 0.03), ("int4", 0.1)):
+    quantized, scale = quantize_int8(weight)
+    meant = {"float32": weight, "int8": quantized * scale[:, None]}
+    meant["int4"] = dequantize_int4(weight)[0]
+    for dtype, tolerance in (("float32", 1e-5), ("int8", 0.02), ("int4", 0.02)):
         graph = GraphBuilder(dtype)
         graph.declare("inputs", "x", onnx.TensorProto.FLOAT, ["rows", weight.shape[1]])
         graph.declare("outputs", "y", onnx.TensorProto.FLOAT, ["rows", len(weight)])
         graph.linear("x", "weight", weight, output="y")
         session = onnxruntime.InferenceSession(graph.build().SerializeToString())
         (given,) = session.run(None, {"x": x.numpy()})
-        expected = x @ weight.T
+        expected = x @ meant[dtype].T
         assert np.abs(given[:, 3]).max() < 1e-9, "weights of 0 give 0"
         assert (torch.from_numpy(given) - expected).norm() < tolerance * expected.norm(), dtype
 
@@ -187,10 +198,9 @@ def test_quantized_numbers_are_the_nearest():
     error = (quantized * scale[:, None] - weight).abs()
     assert (error <= 0.501 * scale[:, None]).all() and quantized.abs().amax() == 127
 
-    packed, scale = quantize_int4(weight)
-    numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(2)  # (8, 2, BLOCK)
-    error = (numbers.float() - 8) * scale[..., None] - weight.unflatten(1, (2, BLOCK))
+    meant, scale = dequantize_int4(weight)
+    error, scale = (meant - weight).abs(), scale.abs()
     # 8 is missing: what is nearest to it becomes 7
-    assert (error.abs() <= 1.001 * scale.abs()[..., None]).all()
-    assert (error.abs() <= 0.501 * scale.abs()[..., None]).float().mean() > 0.9
-    assert (numbers == 0).any(dim=2).all(), "the largest of each block is exact"
+    assert (error <= 1.001 * scale).all() and (error <= 0.501 * scale).float().mean() > 0.9
+    largest = weight.abs().unflatten(1, (2, BLOCK)).argmax(dim=2, keepdim=True)
+    assert error.unflatten(1, (2, BLOCK)).gather(2, largest).max() < 1e-6, "it is exact"
