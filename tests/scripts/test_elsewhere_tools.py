@@ -16,14 +16,14 @@ import pytest
 
 from inference import load_vlm
 from scripts.bench.__main__ import TOOLS
-from scripts.bench.format_tools import BROWSERS, open_page
+from scripts.bench.format_tools import BROWSERS
+from scripts.processes import as_flags
 from tests.helpers import ROOT, free_port, run_script
 
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 # A block of code with the paragraph before it and the one behind it.
 BLOCK = re.compile(r"((?:^\S.*\n)*)\n((?:^    .*\n|(?<=\n)\n(?=    ))+)(?=\n((?:^\S.*\n)*))", re.M)
-MODEL, PICTURE = ROOT / "model/demo/sft_vlm_128.pth", ROOT / "dataset/eval_images/scene-3.png"
-QUESTION, ANSWER = "What color is the square?", "The square is yellow."
+MODEL = ROOT / "model/demo/sft_vlm_128.pth"
 LMMS_EVAL = ROOT / ".venv/lmms-eval"
 NOT_RUN_HERE = ("# not run here", "pip install", "http.server", "scripts.bench")
 
@@ -122,15 +122,8 @@ def make_clone(folder: Path) -> Path:
 def small_export(tmp_path_factory) -> Path:
     """A clone with what most tools need; it is written in seconds."""
     clone = make_clone(tmp_path_factory.mktemp("clone"))
-    flags = [
-        "--to",
-        "transformers",
-        "gguf",
-        "--gguf_class_token",
-        "last",
-        "--out",
-        clone / "exported",
-    ]
+    formats = ["transformers", "gguf"]
+    flags = as_flags(to=formats, gguf_class_token="last", out=clone / "exported")
     finished = run_script("-m", "scripts.export", MODEL, *flags)
     assert finished.returncode == 0, finished.stdout
     return clone
@@ -158,13 +151,6 @@ def test_pasted_snippets_answer(title, small_export):
 @pytest.mark.slow
 def test_pasted_commands_of_onnx_answer(whole_export):
     run_section("ONNX", whole_export)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
-def test_the_exported_page_answers(whole_export):
-    with open_page(whole_export / "exported/web") as ask:
-        assert ask(PICTURE, QUESTION).text == ANSWER
 
 
 @pytest.mark.slow
