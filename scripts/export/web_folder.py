@@ -26,6 +26,8 @@ from scripts.export.onnx_graphs import write_graphs
 from scripts.export.web_library import copy_library, find_library
 
 if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
+
     from inference import VLM
     from model.processing import VLMProcessor
     from scripts.export.config import ExportConfig
@@ -73,10 +75,10 @@ def plain_tokenizer(processor: VLMProcessor) -> dict:
 
 
 def describe(vlm: VLM) -> dict:
-    """model.json: all that the page has to know of the model, but the files."""
+    """model.json: all that the page has to know of the model, but the sizes of its files."""
     config, processor, info = vlm.model.config, vlm.processor, read_info(vlm.weights)
-    tokenizer, eyes = processor.tokenizer, vlm.model.vision_encoder
-    knows_scenes = eyes.name_or_path and is_demo_encoder(eyes.name_or_path)
+    encoder_path = vlm.model.vision_encoder.name_or_path
+    knows_scenes = encoder_path and is_demo_encoder(encoder_path)
 
     # the format of a prompt: whatever comes before a question, and after it
     ids = processor.encode_prompt([{"role": "user", "content": IMAGE_TOKEN}], 0)[0].tolist()
@@ -84,31 +86,30 @@ def describe(vlm: VLM) -> dict:
     prompt = {
         "before": ids[:place],
         "after": ids[place + 1 :],
-        "line_break": processor.encode_content("\n"),
-        "image_id": config.image_token_id,
-        "n_image_tokens": config.n_image_tokens,
-        "end_id": tokenizer.eos_token_id,
-        "special_ids": tokenizer.all_special_ids,
-        "max_tokens": config.max_seq_len,
-        "max_characters": MAX_QUESTION,
+        "lineBreak": processor.encode_content("\n"),
+        "imageId": config.image_token_id,
+        "nImageTokens": config.n_image_tokens,
+        "endId": processor.tokenizer.eos_token_id,
+        "specialIds": processor.tokenizer.all_special_ids,
+        "maxTokens": config.max_seq_len,
+        "maxCharacters": MAX_QUESTION,
     }
 
     # the whole
-    weights = {*vlm.model.parameters(), *eyes.parameters()}
     return {
         "name": vlm.weights.stem,
-        "n_parameters": sum(weight.numel() for weight in weights),
+        "nParameters": sum(weight.numel() for weight in vlm.model.parameters()),
         "knows": PAGE_WORDS["knows_scenes"]["en"] if knows_scenes else "",
         "question": info.get("question") or QUESTION,
-        "question_for_several": info.get("question_for_several") or QUESTION_FOR_SEVERAL,
-        "max_new_tokens": AskConfig.max_new_tokens,
+        "questionForSeveral": info.get("question_for_several") or QUESTION_FOR_SEVERAL,
+        "maxNewTokens": AskConfig.max_new_tokens,
         "prompt": prompt,
         "picture": describe_pictures(processor.image_processor),
-        "decoder": {"n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim},
+        "decoder": {"nKvHeads": config.n_kv_heads, "headDim": config.head_dim},
     }
 
 
-def describe_pictures(image_processor) -> dict:
+def describe_pictures(image_processor: BaseImageProcessor) -> dict:
     """How pictures become numbers: picture.js does the same. UserError if it does not."""
     if image_processor.resample != BICUBIC:
         raise UserError(
@@ -116,9 +117,12 @@ def describe_pictures(image_processor) -> dict:
             f"the web page knows bicubic ({BICUBIC}) only"
         )
     mean, std = pixel_statistics(image_processor)
-    size = {name: value for name, value in image_processor.size if value is not None}
+    size = image_processor.size
     return {
-        "size": size,
+        # one of them, or the other two
+        "shortestEdge": size.shortest_edge,
+        "width": size.width,
+        "height": size.height,
         "side": picture_side(image_processor),
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),

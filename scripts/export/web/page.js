@@ -56,7 +56,7 @@ async function load() {
   // what it is
   const size = Object.values(facts.files).reduce((sum, bytes) => sum + bytes, 0);
   $("model").textContent =
-    `${facts.name}, ${(facts.n_parameters / 1e6).toFixed(1)} M parameters, ${megabytes(size)} MB`;
+    `${facts.name}, ${(facts.nParameters / 1e6).toFixed(1)} M parameters, ${megabytes(size)} MB`;
   $("knows").textContent = facts.knows;
   $("knows").hidden = !facts.knows;
   if (!$("question").value) suggestQuestion();
@@ -130,7 +130,7 @@ async function loadExamples() {
 function suggestQuestion() {
   const field = $("question");
   if (!facts || (field.value && field.value !== field.dataset.suggested)) return;
-  field.value = pictures.size > 1 ? facts.question_for_several : facts.question;
+  field.value = pictures.size > 1 ? facts.questionForSeveral : facts.question;
   field.dataset.suggested = field.value;
 }
 
@@ -142,6 +142,7 @@ async function answer() {
   isStopped = false;
   $("ask").textContent = "Stop";
   $("answer").textContent = "";
+  $("answer").dataset.ids = "";
   $("answer").className = "writing";
   $("answer").ariaBusy = true;
   $("speed").textContent = "";
@@ -158,7 +159,9 @@ async function answer() {
       $("speed").textContent = describeSpeed(step.ids.length, began, firstCame);
     };
     show();
-    while (!step.isOver && !isStopped && step.ids.length < facts.max_new_tokens) {
+    // on a phone it may be below the screen
+    $("speed").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    while (!step.isOver && !isStopped && step.ids.length < facts.maxNewTokens) {
       step = await request("next");
       show();
     }
@@ -177,8 +180,8 @@ async function answer() {
 function describeSpeed(n, began, firstCame) {
   const first = ((firstCame - began) / 1000).toFixed(1);
   const line = `${n} ${n === 1 ? "token" : "tokens"}, the first after ${first} s`;
-  if (n === 1) return line;
-  return `${line}, then ${(((n - 1) / (performance.now() - firstCame)) * 1000).toFixed(0)} a second`;
+  const rate = ((n - 1) / (performance.now() - firstCame)) * 1000;
+  return n === 1 ? line : `${line}, then ${rate.toFixed(0)} a second`;
 }
 
 function showProblem(text) {

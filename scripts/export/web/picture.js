@@ -13,24 +13,25 @@ const ONE = 2 ** 22;
 
 /**
  * Float32Array[3 * side * side], channel by channel, of a picture's file.
- * `facts` are those of the image processor: size, side, mean, std (see model.json). An error's
+ * `facts` are those of the image processor, "picture" of model.json. An error's
  * message is for the owner of the picture.
  */
 export async function readPicture(file, facts) {
   const { width, height, data } = await decode(file);
 
-  // the size that CLIP's processor scales to, and the square that it cuts out of its middle
-  const { shortest_edge: edge } = facts.size;
+  // its new size: CLIP's processor says how long the shorter side is, others know one size only
   const short = Math.min(width, height);
-  const scaled = edge
-    ? [width, height].map((length) => Math.trunc((edge * length) / short))
-    : [facts.size.width, facts.size.height];
+  const scaled = facts.shortestEdge
+    ? [width, height].map((length) => Math.trunc((facts.shortestEdge * length) / short))
+    : [facts.width, facts.height];
+
+  // a square out of the middle
   const [columns, rows] = [width, height].map((length, axis) => {
     const first = Math.floor((scaled[axis] - facts.side) / 2);
     return makeFilter(length, scaled[axis], first, facts.side);
   });
 
-  // Columns become rows in either pass, so after both the picture is upright again.
+  // columns become rows in either pass, so after both the picture is upright again
   const turned = filterRows(data, width, height, columns);
   const pixels = filterRows(turned, height, facts.side, rows);
 

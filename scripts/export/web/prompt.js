@@ -26,17 +26,17 @@ function addImageTags(question, nPictures) {
 export function encodePrompt(question, nPictures, facts, encode) {
   // check
   if (!question.trim()) throw new Error("Type a question first.");
-  if (question.length > facts.max_characters) {
+  if (question.length > facts.maxCharacters) {
     throw new Error(
-      `The question has ${question.length} characters but may have ${facts.max_characters}: ` +
+      `The question has ${question.length} characters but may have ${facts.maxCharacters}: ` +
         "shorten it.",
     );
   }
 
   // A line break keeps an '@' of the text away from a picture, which is a run of them.
+  const { imageId, nImageTokens, lineBreak } = facts;
   const ids = [...facts.before];
   const places = [];
-  const { image_id: imageId, n_image_tokens: nImageTokens, line_break: lineBreak } = facts;
   const pieces = addImageTags(question, nPictures).split(TAG);
   pieces.forEach((piece, index) => {
     const text = breakRuns(encode(piece), facts);
@@ -51,17 +51,17 @@ export function encodePrompt(question, nPictures, facts, encode) {
   ids.push(...facts.after);
 
   // is there room for an answer
-  if (ids.length >= facts.max_tokens) {
+  if (ids.length >= facts.maxTokens) {
     throw new Error(
       `The question and its pictures have ${ids.length} tokens but the model takes ` +
-        `${facts.max_tokens}: shorten it, or take fewer pictures.`,
+        `${facts.maxTokens}: shorten it, or take fewer pictures.`,
     );
   }
   return { ids, places };
 }
 
 /** The same ids, but a run of '@' as long as a picture's is broken by a line break. */
-function breakRuns(ids, { image_id: imageId, n_image_tokens: nImageTokens, line_break: lineBreak }) {
+function breakRuns(ids, { imageId, nImageTokens, lineBreak }) {
   const broken = [];
   let run = 0;
   for (const id of ids) {

@@ -16,14 +16,14 @@ let state; // of the answer that is being written
 
 // What the page can ask for.
 const actions = {
-  /** Fetch and build everything. Returns what model.json says. */
+  /** Fetch and build everything; `tell` hears how much has come. Returns what model.json says. */
   async load(tell) {
     facts = await (await fetchFile("model.json")).json();
     const total = Object.values(facts.files).reduce((sum, size) => sum + size, 0);
     let loaded = 0;
-    const tellMore = (n) => tell({ loaded: (loaded += n), total });
+    const count = (n) => tell({ loaded: (loaded += n), total });
     for (const [name, size] of Object.entries(facts.files)) {
-      const bytes = await download(name, size, tellMore);
+      const bytes = await download(name, size, count);
       if (name === "tokenizer.json") {
         tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(bytes)), {});
       } else {
@@ -34,7 +34,7 @@ const actions = {
   },
 
   /** Look at a picture, and remember it as number `key`. */
-  async look(tell, key, file) {
+  async look(key, file) {
     if (!graphs.vision_encoder) throw new Error("the model is not loaded");
     const pixels = await readPicture(file, facts.picture);
     const { side } = facts.picture;
@@ -43,12 +43,12 @@ const actions = {
     features.set(key, image_features.data);
   },
 
-  forget(tell, key) {
+  forget(key) {
     features.delete(key);
   },
 
   /** Read a question about some pictures, and write the first token of the answer. */
-  async begin(tell, question, keys) {
+  async begin(question, keys) {
     const encode = (text) => tokenizer.encode(text, { add_special_tokens: false }).ids;
     const { ids, places } = encodePrompt(question, keys.length, facts.prompt, encode);
     const embeddings = await embed(ids);
@@ -98,20 +98,20 @@ async function addToken(inputs_embeds) {
   state.answer.push(token);
 
   // text
-  const words = state.answer.filter((id) => !facts.prompt.special_ids.includes(id));
+  const words = state.answer.filter((id) => !facts.prompt.specialIds.includes(id));
   return {
     ids: state.answer,
     // This sign means that the last character's other bytes are still to come.
     text: tokenizer.decode(words).replace(/\ufffd$/, ""),
-    isOver: token === facts.prompt.end_id || state.length + 1 >= facts.prompt.max_tokens,
+    isOver: token === facts.prompt.endId || state.length + 1 >= facts.prompt.maxTokens,
   };
 }
 
-/** Keys and values of no token yet: float32[1, n_kv_heads, 0, head_dim] each. */
+/** Keys and values of no token yet: float32[1, nKvHeads, 0, headDim] each. */
 function emptyCache() {
-  const { n_kv_heads: nHeads, head_dim: headDim } = facts.decoder;
+  const { nKvHeads, headDim } = facts.decoder;
   const names = graphs.decoder_model_merged.inputNames.filter((name) => name.startsWith("past"));
-  const empty = () => new ort.Tensor("float32", new Float32Array(0), [1, nHeads, 0, headDim]);
+  const empty = () => new ort.Tensor("float32", new Float32Array(0), [1, nKvHeads, 0, headDim]);
   return Object.fromEntries(names.map((name) => [name, empty()]));
 }
 
@@ -121,18 +121,18 @@ async function fetchFile(name) {
   return response;
 }
 
-/** The `size` bytes of a file; `tell` hears how many more have come. */
-async function download(name, size, tell) {
-  const { body } = await fetchFile(name);
+/** The `size` bytes of a file; `count` hears how many more have come. */
+async function download(name, size, count) {
+  const reader = (await fetchFile(name)).body.getReader();
   const bytes = new Uint8Array(size);
   let place = 0;
-  for (const reader = body.getReader(); ; ) {
+  for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    if (place + value.length > size) throw new Error(`model/${name} is another file`);
+    if (place + value.length > size) throw new Error(`model/${name} has over ${size} bytes`);
     bytes.set(value, place);
     place += value.length;
-    tell(value.length);
+    count(value.length);
   }
   if (place < size) throw new Error(`model/${name} has ${place} bytes instead of ${size}`);
   return bytes;
@@ -143,7 +143,7 @@ let last = Promise.resolve();
 self.onmessage = ({ data: { id, action, args } }) => {
   const tell = (progress) => self.postMessage({ id, progress });
   last = last
-    .then(() => actions[action](tell, ...args))
+    .then(() => actions[action](...args, tell))
     .then((result) => self.postMessage({ id, result }))
     .catch((error) => self.postMessage({ id, error: error.message ?? String(error) }));
 };
