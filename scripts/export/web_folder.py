@@ -47,7 +47,7 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     copy_library(library, web / "lib")
 
     # the model; its graphs are there already where they were asked for too
-    model = web / "model"
+    facts, model = describe(vlm), web / "model"
     if (graphs := folder / "onnx").is_dir():
         model.mkdir()
         for name in (VISION_NAME, EMBEDDINGS_NAME, DECODER_NAMES["float32"]):
@@ -55,8 +55,7 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     else:
         write_graphs(vlm, model, ("float32",))
     (model / "tokenizer.json").write_text(json.dumps(plain_tokenizer(vlm.processor)), "utf-8")
-    files = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
-    facts = describe(vlm) | {"files": files}
+    facts["files"] = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
     (model / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
 
     # examples

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from common.errors import UserError
 from inference import load_vlm
@@ -211,6 +212,31 @@ def test_prompts_are_ours(web, browser, vlm):
             assert ids == encode(vlm, question, n)[0].tolist(), (question, n)
 
 
+# Drop or paste an example.
+GIVE_PICTURE = """async ([way, name]) => {
+  const blob = await (await fetch(`examples/${name}`)).blob();
+  const files = new DataTransfer();
+  files.items.add(new File([blob], name));
+  const options = { bubbles: true, dataTransfer: files, clipboardData: files };
+  const Event = way === "drop" ? DragEvent : ClipboardEvent;
+  document.body.dispatchEvent(new Event(way, options));
+}"""
+
+
+@pytest.mark.slow
+def test_pictures_are_dropped_and_pasted(web, browser, vlm):
+    with visitor(browser, web) as page:
+        # also before the model is there
+        for way, path in zip(("drop", "paste"), SCENES):
+            page.evaluate(GIVE_PICTURE, [way, path.name])
+        page.locator("#ask:enabled").wait_for()
+        page.locator("#question").fill("What is different?")
+        page.locator("#question").press("Enter")
+        page.locator("#answer.complete").wait_for()
+        ids = page.locator("#answer").get_attribute("data-ids").split()
+        assert list(map(int, ids)) == our_answer(vlm, "What is different?", SCENES[:2])
+
+
 @pytest.mark.slow
 def test_what_cannot_be_used_is_said(web, browser, vlm, tmp_path):
     """One line each, after which the page goes on as before."""
@@ -297,6 +323,12 @@ def test_a_broken_folder_is_said(web, browser, tmp_path):
         with visitor(browser, tmp_path / "web") as page:
             page.locator("#problem:visible").filter(has_text=reason).wait_for()
             assert page.locator("#ask").is_disabled()
+
+
+def test_a_resizing_that_the_page_has_not_is_refused():
+    """DINOv3's is bilinear."""
+    with pytest.raises(UserError, match=r"bicubic \(3\) only"):
+        describe_pictures(ViTImageProcessorPil())
 
 
 # ---- the library, without a network --------------------------------------------------------------
