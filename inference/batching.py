@@ -32,8 +32,9 @@ from inference.generate import LEAST_TEMPERATURE, sample
 from inference.load import VLM
 from inference.rows import Prompt, Rows
 
-# Pictures that the vision encoder sees at once; the rows wait meanwhile.
-PICTURES_AT_ONCE = {"cpu": 2, "cuda": 16}
+# Pictures that the vision encoder sees at once. On a CPU two take as long as one after the other,
+# and the first of them has to wait.
+PICTURES_AT_ONCE = {"cpu": 1, "cuda": 16}
 # Pictures whose features are kept: 77 MB for ViT-B/16.
 FEATURES_KEPT = 128
 EOS_TOKEN_ID = 2
