@@ -68,9 +68,8 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     # what cannot be written is said before anything is
     tokens = read_tokenizer(vlm.processor.tokenizer)
     check_vision_encoder(vlm.model.vision_encoder)
-    name = (
-        vlm.weights.stem if vlm.weights.suffix == ".pth" else f"minimind-v-{vlm.model.config.dim}"
-    )
+    is_file = vlm.weights.suffix == ".pth"
+    name = vlm.weights.stem if is_file else f"minimind-v-{vlm.model.config.dim}"
     folder = folder / "gguf"
     folder.mkdir()
 

@@ -176,7 +176,7 @@ class Gate(NamedTuple):
 
     normal: torch.Tensor  # float[vision_dim]
     offset: torch.Tensor  # float[]
-    size: float  # far above any number of an embedding
+    size: float  # far above any embedding's
 
 
 def replace_class_token(
@@ -194,12 +194,11 @@ def replace_class_token(
         stand_in: float[dim].
     """
     weight, bias = pair["mm.0.weight"], pair["mm.0.bias"]
-    sizes = torch.full_like(bias, -gate.size)  # (2 * dim,)
+    normal, offset = SCALE * gate.normal, SCALE * gate.offset
     return {
-        "mm.0.weight": torch.cat(  # (2 * dim + 1, vision_dim)
-            (weight + SCALE * sizes[:, None] * gate.normal, SCALE * gate.normal[None])
-        ),
-        "mm.0.bias": torch.cat((bias + SCALE * sizes * gate.offset, SCALE * gate.offset[None])),
+        # (2 * dim + 1, vision_dim)
+        "mm.0.weight": torch.cat((weight - gate.size * normal, normal[None])),
+        "mm.0.bias": torch.cat((bias - gate.size * offset, offset[None])),  # (2 * dim + 1,)
         "mm.2.weight": torch.cat((pair["mm.2.weight"] / 2, stand_in[:, None] / SCALE), dim=1),
         "mm.2.bias": pair["mm.2.bias"],
     }
@@ -222,7 +221,8 @@ def find_class_token(network: torch.nn.Module, linear: torch.nn.Linear) -> Gate:
         for n in (1, 2, 4, 8, 16, 32, side)
     ]
     states = network(pixel_values=torch.cat(noises)).last_hidden_state.float()
-    groups = states[:, 0], states[:, 1:].flatten(0, 1)  # (k, vision_dim), (k * patches, vision_dim)
+    # (k, vision_dim), (k * patches, vision_dim)
+    groups = states[:, 0], states[:, 1:].flatten(0, 1)
 
     # the plane between them
     means = [group.mean(dim=0) for group in groups]
