@@ -28,10 +28,19 @@ if TYPE_CHECKING:
     from inference import VLM
     from scripts.export.config import ExportConfig
 
-# What LLaVA's parts were called when there was one version of transformers.
+# What transformers 5 calls otherwise than the versions before it, which it reads as well: the parts
+# of a LLaVA, and those of a vision encoder by its kind.
 FIRST_NAMES = {VISION: "vision_tower.", TEXT: "language_model.model.", PROJECTOR: PROJECTOR[6:]}
-# Vision encoders whose network was one level deeper.
-WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
+FIRST_VISION_NAMES = {
+    "clip_vision_model": {"vision_tower.": "vision_tower.vision_model."},
+    "siglip_vision_model": {"vision_tower.": "vision_tower.vision_model."},
+    "dinov2": {
+        "attention.q_proj.": "attention.attention.query.",
+        "attention.k_proj.": "attention.attention.key.",
+        "attention.v_proj.": "attention.attention.value.",
+        "attention.o_proj.": "attention.output.dense.",
+    },
+}
 # Tokens of an answer if nobody says how many, as here.
 MAX_NEW_TOKENS = 512
 
@@ -69,14 +78,11 @@ def write_small_files(vlm: VLM, folder: Path) -> None:
 
 def name_weights(llava: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
     """Its tensors under LLaVA's first names; the output embeddings are the input ones."""
-    names = dict(FIRST_NAMES)
-    if llava.config.vision_config.model_type in WITH_VISION_MODEL:
-        names[VISION] += "vision_model."
-    weights = {}
-    for name, weight in llava.state_dict().items():
-        for ours, theirs in names.items():
-            if name.startswith(ours):
-                weights[theirs + name.removeprefix(ours)] = weight
+    weights = llava.state_dict()
+    del weights["lm_head.weight"]
+    vision_names = FIRST_VISION_NAMES[llava.config.vision_config.model_type]
+    for new, first in (FIRST_NAMES | vision_names).items():
+        weights = {name.replace(new, first, 1): weight for name, weight in weights.items()}
     return weights
 
 

@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 24
 
 
 def as_conversation(question: dict) -> list[dict]:
-    parts = [{"type": "image", "path": path} for path in question["images"]]
+    parts = [{"type": "image", "image": Image.open(path)} for path in question["images"]]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question["text"]}]}]
 
 
