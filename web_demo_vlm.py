@@ -74,7 +74,7 @@ def check_files(config: WebConfig) -> None:
         find_vision_model(config.vision_model)
 
     # the model
-    chosen = ("weights", "load", "model_mode", "dim")
+    chosen = ("weights", "load", "model_mode", "dim", "backend")
     is_named = any(getattr(config, name) != getattr(DEFAULTS, name) for name in chosen)
     if not is_named and list_models(find_own(config.out_dir)):
         return

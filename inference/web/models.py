@@ -240,8 +240,8 @@ def describe_model(config: WebConfig, path: Path, version: tuple) -> ModelEntry:
         return replace(entry, problem=f"{path} cannot be read ({error.strerror})")
 
 
-def count_parameters(path: Path) -> int:
-    """Of a .pth file or a transformers directory, without the vision encoder.
+def count_parameters(path: Path) -> int | None:
+    """Of a .pth file or a transformers directory, without the vision encoder; None for graphs.
 
     Only shapes are read. UserError where that already shows that it is no model that sees.
     """
@@ -251,6 +251,8 @@ def count_parameters(path: Path) -> int:
 
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files and (path / "onnx").is_dir():
+            return None
         weights = {}
         for file in files:
             weights |= read_tensors(file, only_shapes=True)

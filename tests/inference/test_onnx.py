@@ -15,11 +15,13 @@ from inference.generate import generate, prefill
 from inference.onnx_files import DECODER_NAMES
 from inference.paths import find_model
 from inference.web.models import ModelShelf
+from inference.web.words import say
 from model.model_lm import KVCache
 from model.weights import save_weights
 from scripts.export.onnx_graphs import write_graphs
 from scripts.export.transformers_directory import write_small_files
 from tests.helpers import TOKENIZER, picture, small_model, user
+from tests.inference.test_web_page import PNG, ask, open_page, texts
 
 SIZES = dict(n_heads=4, n_kv_heads=2, max_seq_len=128)
 
@@ -158,10 +160,16 @@ def test_scores_are_the_same(vlm, onnx, rows_dir):
 
 
 def test_the_web_page_opens_the_folder(folder):
+    """An answer is there, and no word of it asks to be clicked."""
     shelf = ModelShelf(WebConfig(weights=str(folder), backend="onnx", dtype="int4"))
     (entry, *_) = shelf.list()
-    assert entry.path == folder and not entry.problem
-    assert isinstance(shelf.open(entry).ask(picture(), "Hello", max_new_tokens=2), str)
+    assert entry.path == folder and not entry.problem and entry.n_parameters is None
+
+    flags = ("--weights", str(folder), "--backend", "onnx", "--max_new_tokens", "4")
+    page = ask(open_page(*flags), "What color?", ("a.png", PNG))
+    assert not page.exception
+    assert any("tokens/s" in text for text in texts(page))
+    assert say("click_a_word") not in texts(page)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +206,9 @@ def test_a_folder_without_graphs_says_how_to_make_them(vlm, copied):
         MissingFileError, match=r"sft_vlm_64.pth has no folder onnx/: make one with"
     ):
         load_vlm(vlm.weights, backend="onnx")
-    with pytest.raises(MissingFileError, match="has no folder onnx/"):
-        find_model(EvalConfig(weights=str(vlm.weights), backend="onnx"))
+    for config in (EvalConfig, WebConfig):
+        with pytest.raises(MissingFileError, match="has no folder onnx/"):
+            find_model(config(weights=str(vlm.weights), backend="onnx"))
     (copied / "onnx" / DECODER_NAMES["int4"]).unlink()
     with pytest.raises(MissingFileError, match="for --dtype int4: it has float32, int8"):
         find_model(EvalConfig(weights=str(copied), backend="onnx", dtype="int4"))
