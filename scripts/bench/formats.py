@@ -7,6 +7,7 @@ table says how many answers are those of PyTorch in float32, letter by letter, a
 import json
 import os
 import shutil
+import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -170,13 +171,14 @@ def judge(
         simplify_answer(reply.text) == simplify_answer(question.answer)
         for reply, question in zip(replies, questions)
     ]
-    seconds = max(sum(reply.seconds for reply in replies), 1e-9)
+    # The first token belongs to reading the question. The median, for other programs may slow down
+    # some of the answers.
+    rates = [(reply.n_tokens - 1) / reply.seconds for reply in replies if reply.seconds]
     return {
         "tool": form.tool,
         "format": form.name,
         "megabytes": sum(map(count_bytes, form.files)) / 1e6,
-        # The first token of an answer belongs to reading the question.
-        "tokens_per_second": sum(reply.n_tokens - 1 for reply in replies) / seconds,
+        "tokens_per_second": statistics.median(rates or [0.0]),
         "same": sum(reply.text == text for reply, text in zip(replies, expected)),
         "right": sum(right),
         "questions": len(questions),
