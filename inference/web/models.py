@@ -202,6 +202,9 @@ class ModelShelf:
             # So the list shows it until the file changes.
             self._problems[key] = str(error)
             raise
+        # Streamlit looks through all objects for garbage after each click, 0.6 s in which no answer
+        # goes on. A model and what was imported for it are none; without users it is freed anyway.
+        gc.freeze()
         return self._open[key]
 
 
