@@ -12,6 +12,8 @@ DECODER_NAMES = {
     "int8": "decoder_model_merged_quantized.onnx",
     "int4": "decoder_model_merged_q4.onnx",
 }
+# What the decoder's cache has of each layer.
+KINDS = ("key", "value")
 
 
 def find_graphs(folder: Path, dtype: str) -> Path:

@@ -19,13 +19,11 @@ from torch import nn
 
 from common.errors import UserError
 from inference.generate import generate
-from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME, find_graphs
+from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, KINDS, VISION_NAME, find_graphs
 from model.LMConfig import VLMConfig
 from model.model_lm import KVCache
 from model.model_vlm import insert_patches, locate_images
 
-# What a layer has in the cache, as graphs call it.
-KINDS = ("key", "value")
 NUMPY_DTYPES = {torch.float32: np.float32, torch.int64: np.int64}
 # Of onnxruntime's messages only the fatal ones: errors come as exceptions, too.
 FATAL = 4
@@ -53,15 +51,16 @@ class OnnxVLM(nn.Module):
         self._bound: WeakKeyDictionary[KVCache, tuple] = WeakKeyDictionary()
 
     def _check_decoder(self, path: Path) -> None:
-        """UserError where the decoder does not take what a model of these sizes has."""
+        """UserError where the decoder is not that of a model of these sizes."""
         config = self.config
         cached = (config.n_kv_heads, config.head_dim)
         expected = {"inputs_embeds": (config.dim,), "attention_mask": (), "position_ids": ()}
+        expected["logits"] = (config.vocab_size,)
         for number in range(config.n_layers):
             expected |= {f"past_key_values.{number}.{kind}": cached for kind in KINDS}
         found = {
             node.name: tuple(size for size in node.shape if isinstance(size, int))
-            for node in self.decoder.get_inputs()
+            for node in (*self.decoder.get_inputs(), self.decoder.get_outputs()[0])
         }
         if found != expected:
             wrong = dict(found.items() ^ expected.items())

@@ -9,13 +9,12 @@ import onnx
 import torch
 from onnx import TensorProto
 
+from inference.onnx_files import KINDS
 from model.model_lm import MiniMindLM, RMSNorm
 from scripts.export.onnx_builder import ORT, GraphBuilder
 
 # Is added to the scores of padding: softmax then gives it nothing.
 MASKED = -1e9
-# What the cache of a layer holds.
-KINDS = ("key", "value")
 
 
 def build_decoder(model: MiniMindLM, dtype: str) -> onnx.ModelProto:
