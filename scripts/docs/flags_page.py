@@ -7,6 +7,8 @@ from common.flags import Flag, list_flags, list_published
 from inference.config import EvalConfig
 from model.files import ROOT
 from scripts.docs.published import write_table
+from scripts.export.config import ExportConfig
+from scripts.serve_openai_api.config import ServeConfig
 
 FLAGS_PATH = ROOT / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -27,6 +29,8 @@ def write_flags() -> str:
             *write_section(training, "what it is (defaults: pretraining / SFT)", *stages),
             *write_section("`eval_vlm.py`", "what it is", EvalConfig()),
             *write_section("`web_demo_vlm.py`", "what it is", read_defaults("web_demo_vlm.py")),
+            *write_section("`python -m scripts.export`", "what it is", ExportConfig()),
+            *write_section("`python -m scripts.serve_openai_api`", "what it is", ServeConfig()),
             *write_table(),
         ]
     )
@@ -45,6 +49,8 @@ def write_section(title: str, heading: str, *defaults) -> list[str]:
         lines += [f"### {group.capitalize()}", "", f"| flag | {heading} |"]
         lines += ["|---|---|", *map(write_row, rows), ""]
     published = ", ".join(f"`{flag.names[0]}`" for flag in list_published(defaults[0]))
+    if not published:
+        return lines
     link = "[published flags](#flags-of-the-published-scripts)"
     return [*lines, f"Accepted too: the {link} {published}.", ""]
 
