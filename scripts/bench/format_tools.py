@@ -171,7 +171,7 @@ def open_page(folder: Path) -> Iterator[Ask]:
 
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
-        raise UserError("no Chromium or Chrome is installed")
+        raise UserError("no Chromium or Chrome is installed: leave browser out of --tools")
     with serve_folder(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page()

@@ -19,6 +19,7 @@ import torch
 
 from common.errors import UserError
 from common.files import write_text
+from common.packages import check_packages
 from common.text import IMAGE_TAG, simplify_answer
 from dataset.scenes.write import FILES, write_scene_set
 from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME
@@ -76,6 +77,7 @@ class Question(NamedTuple):
 
 def measure(args: Namespace) -> list[dict]:
     """Rows of tool, format, megabytes, tokens_per_second, questions, and how many same, right."""
+    check_packages("requirements-dev.txt", "xllamacpp", "openai", "playwright")
     # One thread: the tools share the work in different ways.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -103,10 +105,14 @@ def read_questions(args: Namespace) -> list[Question]:
         write_scene_set(WORK / "scenes", {"eval": args.questions})
         rows, images = (WORK / "scenes" / name for name in FILES["eval"])
     questions = []
-    for line in rows.read_text(encoding="utf-8").splitlines()[: args.questions]:
-        row = json.loads(line)
-        asked, answered = (turn["content"] for turn in row["conversations"][:2])
-        picture = Path(images or rows.parent, row.get("image", ""))
+    lines = rows.read_text(encoding="utf-8").splitlines()[: args.questions]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            asked, answered = (turn["content"] for turn in row["conversations"][:2])
+            picture = Path(images or rows.parent, row.get("image", ""))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"line {number} of {rows} is no row as docs/data.md has it") from None
         if picture.is_file():
             questions.append(Question(picture, asked.replace(IMAGE_TAG, "").strip(), answered))
     if not questions:
@@ -129,7 +135,7 @@ def export(weights: str, tools: list[str]) -> None:
 def list_formats(weights: str, tools: list[str]) -> Iterator[Format]:
     """The rows of the table; the first one is what the others are compared with."""
     files, onnx, web = find_model_files(weights), EXPORTED / "onnx", EXPORTED / "web"
-    own = [files.weights, files.vision_model]
+    own = [path for path in (files.weights, files.vision_model) if path is not None]
     if "PyTorch" in tools:
         for dtype in ("float32", "float16", "int8"):
             yield Format("PyTorch", dtype, own, partial(open_ours, weights, dtype=dtype))

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from common.errors import UserError
 from inference import load_vlm
 from scripts.bench.__main__ import TOOLS
-from scripts.bench.format_tools import BROWSERS
+from scripts.bench.format_tools import BROWSERS, Reply
+from scripts.bench.formats import Format, Question, describe, judge, read_questions
 from scripts.processes import as_flags
 from tests.helpers import ROOT, free_port, run_script
 
@@ -24,6 +27,7 @@ PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 # A block of code with the paragraph before it and the one behind it.
 BLOCK = re.compile(r"((?:^\S.*\n)*)\n((?:^    .*\n|(?<=\n)\n(?=    ))+)(?=\n((?:^\S.*\n)*))", re.M)
 MODEL = ROOT / "model/demo/sft_vlm_128.pth"
+ROW = '{"image": "a.png", "conversations": [{"content": "What?"}, {"content": "red"}]}'
 LMMS_EVAL = ROOT / ".venv/lmms-eval"
 NOT_RUN_HERE = ("# not run here", "pip install", "http.server", "scripts.bench")
 
@@ -184,3 +188,23 @@ def test_one_command_fills_the_table(whole_export):
     assert same == [3] * len(same) and len(same) == 5
     table = (whole_export / "out/bench/formats.md").read_text().splitlines()
     assert len(table) == len(rows) + 2
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [('{"image": "a.png"}', "line 1 of"), ("[]", "line 1 of"), (ROW, "correct --images")],
+)
+def test_rows_that_cannot_be_asked_are_one_line(line, message, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(line)
+    with pytest.raises(UserError, match=message):
+        read_questions(Namespace(data=rows, images=None, questions=5))
+
+
+def test_a_row_of_the_table_counts_same_and_right_answers(tmp_path):
+    (tmp_path / "model.bin").write_bytes(bytes(2_000_000))
+    form = Format("a tool", "float32", [tmp_path], open=None)
+    questions = [Question(tmp_path, "What?", answer) for answer in ("It is red.", "blue", "It.")]
+    replies = [Reply("It is red.", 5, 0.1), Reply("green", 3, 0.1), Reply("It.", 2, 0.0)]
+    row = judge(form, questions, replies, ["It is red.", "green", "it"])
+    assert describe(row) == "| a tool | float32 | 2.0 | 30 | 2 of 3 | 66.7 % |"
