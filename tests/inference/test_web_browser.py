@@ -3,7 +3,6 @@
 import http.server
 import io
 import random
-import shutil
 import threading
 from contextlib import contextmanager
 
@@ -13,14 +12,11 @@ from PIL import Image
 from dataset.scenes.scene import Scene, Thing, draw_scene
 from inference.chat import MAX_QUESTION
 from scripts.docs.web_page import wait_for_page
-from tests.helpers import ROOT, free_port, picture, start_script
+from scripts.processes import find_browser, free_port
+from tests.helpers import ROOT, picture, start_script
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-# A robot is faster than a person, and a busy machine slower than its patience.
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed"),
-    pytest.mark.flaky(reruns=3),
-]
+BROWSER = find_browser()
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 PATIENCE = 45_000  # ms; a busy machine is slow
 
 # The page, but a question that begins with "echo" is answered with itself, a character at a time;
