@@ -82,7 +82,7 @@ def measure(args: Namespace) -> list[dict]:
             for name, command in list_commands(exported).items()
         }
         for server in servers.values():
-            asyncio.run(ask_all(server, make_requests("warm", 2), 1))
+            asyncio.run(ask_all(server, make_requests("warm", 2, 1), 1))
 
         # Each case with one after the other: other programs disturb all alike, and who is not
         # asked does nothing.
@@ -92,7 +92,7 @@ def measure(args: Namespace) -> list[dict]:
             f"{'first token, median':>20}{'max':>8}{'answer, 95 %':>13}{'CPU':>9}{'same text':>10}"
         )
         for kind, n_clients in product(KINDS, args.clients):
-            requests = make_requests(kind, max(LEAST_REQUESTS, n_clients))
+            requests = make_requests(kind, max(LEAST_REQUESTS, n_clients), n_clients)
             texts = None
             for name, server in servers.items():
                 if kind == "seen":
@@ -172,12 +172,12 @@ def read_name(address: str) -> str:
     return httpx2.get(f"{address}/v1/models").json()["data"][0]["id"]
 
 
-def make_requests(kind: str, n_requests: int) -> list[list[dict]]:
-    """The messages of each request."""
+def make_requests(kind: str, n_requests: int, n_clients: int) -> list[list[dict]]:
+    """The messages of each request; for another number of clients, new pictures are others."""
     requests = []
     for index in range(n_requests):
         n_pictures = KINDS.get(kind) or n_requests
-        seed = [len(kind), n_requests if KINDS.get(kind) is None else 0, index % n_pictures]
+        seed = [len(kind), n_clients if KINDS.get(kind) is None else 0, index % n_pictures]
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).resize((PICTURE_SIDE, PICTURE_SIDE)).save(buffer, "PNG")
