@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -189,12 +188,6 @@ def start_script(*command: str, **options) -> subprocess.Popen:
         env=env,
         **options,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def read_log(out_dir: Path, event: str, name: str = "sft_vlm_64") -> list[dict]:

@@ -12,7 +12,8 @@ from inference.config import AskConfig
 from inference.paths import choose_weights, find_model_files
 from model import files
 from model.files import find_own, name_places
-from tests.helpers import ROOT, TOKENIZER, free_port
+from scripts.processes import free_port
+from tests.helpers import ROOT, TOKENIZER
 from trainer.config import TrainConfig
 from trainer.paths import find_init_weights
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 import functools
 import http.server
 import re
-import shutil
-import socket
-import subprocess
-import sys
+import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +20,14 @@ from typing import NamedTuple
 from PIL.Image import Image
 
 from common.errors import UserError
-from model.files import ROOT
 from model.image import load_image
 from model.pretrained import quiet_transformers
 from scripts.export.ask_gguf import LlamaCpp, make_square, to_data_url
-from scripts.processes import as_flags
+from scripts.processes import as_flags, find_browser, serving
 
 # Longest answer, in tokens.
 MOST_TOKENS = 64
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# Seconds that a server, or a page, may take until it is there.
+# Seconds that a page may take until it is there.
 PATIENCE = 180
 
 
@@ -123,16 +117,13 @@ def open_llama_cpp(folder: Path, precision: str) -> Iterator[Ask]:
 @contextmanager
 def open_endpoint(weights: Path) -> Iterator[Ask]:
     """Our endpoint, started as a user starts it."""
-    port = free_port()
-    flags = as_flags(weights=weights.resolve(), port=port, device="cpu")
-    command = [sys.executable, "-m", "scripts.serve_openai_api", *flags]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
-        yield ask_client(f"http://127.0.0.1:{port}/v1", weights.stem, load_image)
-    finally:
-        server.terminate()
-        server.wait()
+    command = ["-m", "scripts.serve_openai_api"]
+    command += as_flags(weights=weights.resolve(), device="cpu")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(*command, log=Path(folder, "log")) as (address, _),
+    ):
+        yield ask_client(f"{address}/v1", weights.stem, load_image)
 
 
 def ask_client(address: str, model: str, read: Callable[[Path], Image]) -> Ask:
@@ -169,7 +160,7 @@ def open_page(folder: Path) -> Iterator[Ask]:
     """The page of a folder in Chromium, without a window."""
     from playwright.sync_api import sync_playwright
 
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = find_browser()
     if program is None:
         raise UserError("no Chromium or Chrome is installed: leave browser out of --tools")
     with serve_folder(folder) as address, sync_playwright() as playwright:
@@ -218,21 +209,3 @@ def clock(stream: Iterable) -> tuple[list, list[float]]:
     """(what comes out of a stream, when each of it came)."""
     pairs = [(one, time.perf_counter()) for one in stream]
     return [one for one, _ in pairs], [moment for _, moment in pairs]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(address: str, server: subprocess.Popen) -> None:
-    """Until a server answers; UserError where it has ended, or does not begin."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise UserError(f"no answer from {address}")

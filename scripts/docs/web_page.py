@@ -5,7 +5,6 @@
 Needs playwright (requirements-dev.txt) and Chromium or Chrome.
 """
 
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from common.errors import UserError, run_command
+from scripts.processes import find_browser
 
 WEIGHTS = Path("model/demo/sft_vlm_128.pth")
 IMAGES = Path("images")
@@ -23,7 +23,7 @@ PATIENCE = 120_000  # ms
 
 
 def main() -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+    browser = find_browser()
     if browser is None:
         raise UserError("no Chromium or Chrome is installed: a picture of the page needs one")
     flags = ["--weights", str(WEIGHTS), "--device", "cpu", "--port", str(PORT)]

@@ -31,10 +31,10 @@ from inference.web.visit import Visit
 from inference.web.words import say
 from model.weights import save_atomically, select_weights
 from scripts.docs.web_page import wait_for_page
+from scripts.processes import free_port
 from tests.helpers import (
     TOKENIZER,
     assistant,
-    free_port,
     picture,
     run_cold,
     small_model,

@@ -9,7 +9,8 @@ from common.errors import UserError
 from scripts.download.__main__ import choose_names, make_folder, parse_args, plan_fetches
 from scripts.download.hubs import RemoteFile, read_digest
 from scripts.download.items import ITEMS
-from tests.helpers import free_port, run_script, start_script
+from scripts.processes import free_port
+from tests.helpers import run_script, start_script
 from tests.scripts.download_files import (
     clip_files,
     large_archive,

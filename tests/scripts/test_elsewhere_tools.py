@@ -18,10 +18,10 @@ import pytest
 from common.errors import UserError
 from inference import load_vlm
 from scripts.bench.__main__ import TOOLS
-from scripts.bench.format_tools import BROWSERS, Reply
+from scripts.bench.format_tools import Reply
 from scripts.bench.formats import Format, Question, describe, judge, read_questions
-from scripts.processes import as_flags
-from tests.helpers import ROOT, free_port, run_script
+from scripts.processes import as_flags, find_browser, free_port
+from tests.helpers import ROOT, run_script
 
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 # A block of code with the paragraph before it and the one behind it.
@@ -177,7 +177,7 @@ def test_lmms_eval_scores_the_export_as_we_do(whole_export):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
 def test_one_command_fills_the_table(whole_export):
     """Each format is asked by its own tool, and those that compute in float32 answer the same."""
     run([sys.executable, "-m", "scripts.bench", "formats", "--questions", "3"], whole_export)

@@ -34,7 +34,8 @@ from scripts.export.__main__ import main
 from scripts.export.config import ExportConfig
 from scripts.export.model_card import escape
 from scripts.export.tokenizer_files import chat_template
-from tests.helpers import ROOT, TOKENIZER, free_port, run_script, user
+from scripts.processes import free_port
+from tests.helpers import ROOT, TOKENIZER, run_script, user
 from tests.scripts.ask_exported import MAX_NEW_TOKENS, ask_exported
 from tests.scripts.hub_server import HubServer
 from tests.small_encoders import save_encoder

@@ -19,14 +19,15 @@ from common.errors import UserError
 from inference import load_vlm
 from inference.chat import MAX_QUESTION, add_image_tags
 from model.image import load_image
-from scripts.bench.format_tools import BROWSERS, serve_folder
+from scripts.bench.format_tools import serve_folder
 from scripts.export import web_library
 from scripts.export.web_folder import describe_pictures
+from scripts.processes import find_browser
 from tests.helpers import ROOT, picture, run_script
 
 MODEL = ROOT / "model/demo/sft_vlm_128.pth"
 SCENES = sorted((ROOT / "dataset/eval_images").glob("scene-*.png"))
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+BROWSER = find_browser()
 PATIENCE = 90_000  # ms; a busy machine is slow
 # What would be more than words to a tokenizer that reads a question as a part of the prompt.
 QUESTIONS = [

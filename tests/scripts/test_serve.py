@@ -20,12 +20,13 @@ from PIL import Image
 
 from common.errors import BadSampleError
 from inference import load_vlm
+from scripts.processes import free_port
 from scripts.serve_openai_api import fetch as fetch_module
 from scripts.serve_openai_api.chat_request import read_request
 from scripts.serve_openai_api.config import ServeConfig
 from scripts.serve_openai_api.errors import ApiError
 from scripts.serve_openai_api.fetch import fetch, is_public
-from tests.helpers import ROOT, WarmScript, assistant, free_port, picture, run_script, user
+from tests.helpers import ROOT, WarmScript, assistant, picture, run_script, user
 
 DEMO = "model/demo/sft_vlm_128.pth"
 NAME = "sft_vlm_128"

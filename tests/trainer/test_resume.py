@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from model.weights import read_weights
-from scripts.processes import as_flags
+from scripts.processes import as_flags, free_port
 from tests.helpers import (
     SHARED,
     WarmScript,
-    free_port,
     needs_shared,
     read_log,
     run_cold,

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from scripts.processes import as_flags
+from scripts.processes import as_flags, free_port
 from tests.helpers import (
     SHARED,
-    free_port,
     needs_shared,
     read_log,
     rows_with_damaged_pictures,

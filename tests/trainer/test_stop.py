@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from scripts.processes import as_flags
-from tests.helpers import ROOT, free_port, run_script, start_script, wait_for_steps
+from scripts.processes import as_flags, free_port
+from tests.helpers import ROOT, run_script, start_script, wait_for_steps
 from trainer.stop import StopSignal
 
 # A run whose pictures lie on a drive that stops to answer after so many of them.

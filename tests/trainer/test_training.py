@@ -10,11 +10,10 @@ import torch
 from dataset.vlm_dataset import VLMDataset
 from model.files import read_info
 from model.weights import read_tensors, read_weights
-from scripts.processes import as_flags
+from scripts.processes import as_flags, free_port
 from tests.helpers import (
     N_PATCHES,
     TOKENIZER,
-    free_port,
     picture,
     read_log,
     rows_with_damaged_pictures,
