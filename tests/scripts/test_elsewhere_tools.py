@@ -1,4 +1,4 @@
-"""docs/export.md: what it tells people to paste works as it stands."""
+"""docs/export.md and README.md: what they tell people to paste works as it stands."""
 
 import json
 import os
@@ -46,14 +46,17 @@ class Block(NamedTuple):
     printed: str | None
 
     @property
+    def is_python(self) -> bool:
+        return self.code.startswith(("import ", "from "))
+
+    @property
     def command(self) -> list[str]:
-        is_python = self.code.startswith(("import ", "from "))
-        return [sys.executable, "-c", self.code] if is_python else ["bash", "-ec", self.code]
+        return [sys.executable, "-c", self.code] if self.is_python else ["bash", "-ec", self.code]
 
 
-def find_blocks(title: str) -> list[Block]:
+def find_blocks(title: str, page: str = PAGE) -> list[Block]:
     """The blocks of a section that are run here."""
-    (section,) = (part for part in PAGE.split("\n## ") if part.startswith(title + "\n"))
+    (section,) = (part for part in page.split("\n## ") if part.startswith(title + "\n"))
     blocks = []
     for before, code, after in BLOCK.findall(section + "\n\n"):
         if any(words in code for words in NOT_RUN_HERE):
@@ -155,6 +158,20 @@ def test_pasted_snippets_answer(title, small_export):
 @pytest.mark.slow
 def test_pasted_commands_of_onnx_answer(whole_export):
     run_section("ONNX", whole_export)
+
+
+@pytest.mark.slow
+def test_snippets_of_the_readme_answer(whole_export):
+    """Those for transformers, llama.cpp, and for OpenAI's client with our server."""
+    page, port = (ROOT / "README.md").read_text(encoding="utf-8"), str(free_port())
+    snippets = [block for block in find_blocks("Use it elsewhere", page) if block.is_python]
+    assert snippets
+    (llama_cpp,) = re.findall(r"python -m scripts\.export\.ask_gguf (?:.*\\\n)*.*", page)
+    (server,) = re.findall(r"python -m scripts\.serve_openai_api .*", page)
+    with serving(f"exec {server} --port {port}", port, whole_export):
+        for code in (llama_cpp, *(block.code.replace("8998", port) for block in snippets)):
+            printed = run(Block(code, None, None).command, whole_export)
+            assert "The square is yellow." in printed
 
 
 @pytest.mark.slow
