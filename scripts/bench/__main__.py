@@ -86,8 +86,10 @@ def parse_args() -> argparse.Namespace:
         help="of training; levers: the published one with one part of ours (default: all)",
     )
 
-    # of serve
-    served = "transformers directory (default: the demo's model, exported)"
+    # of serve and formats
+    demo = "model/demo/sft_vlm_128.pth"
+    add("--weights", default=demo, help="for serve, formats: the model (default: the demo's)")
+    served = "transformers directory (default: --weights, exported)"
     add("--exported", type=Path, help=f"for serve: {served}")
     at_once = "for serve: clients at once (default: 1 8 16 32)"
     add("--clients", nargs="+", type=int, default=[1, 8, 16, 32], help=at_once)
@@ -97,8 +99,6 @@ def parse_args() -> argparse.Namespace:
     add("--languages", nargs="+", choices=languages, default=languages, help=captions)
 
     # of formats
-    demo = "model/demo/sft_vlm_128.pth"
-    add("--weights", default=demo, help="the model to export (default: the demo's)")
     add("--tools", nargs="+", choices=TOOLS, default=TOOLS, help="that are asked (default: all)")
     add("--data", type=Path, help=".jsonl file of questions; drawn scenes if not given")
     add("--images", type=Path, help="folder of its pictures; the file's own if not given")

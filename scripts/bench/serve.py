@@ -6,14 +6,8 @@ graphs, our server runs on them too.
 """
 
 import asyncio
-import base64
-import io
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -31,14 +25,15 @@ from PIL import Image
 
 from common.errors import UserError
 from common.packages import check_packages
+from scripts.export.ask_gguf import to_data_url
+from scripts.processes import run_python, serving
 
-DEMO = "model/demo/sft_vlm_128.pth"
 LEAST_REQUESTS = 8
 NEW_TOKENS = 32
-# For one answer, and for a server to start.
-SECONDS = 900
+SECONDS = 900  # that an answer may take
 # Pictures: a new one for each request, or a few that the server has seen.
-KINDS = {"new": None, "seen": 4}
+KINDS = ("new", "seen")
+SEEN_PICTURES = 4
 PICTURE_SIDE = 224
 
 
@@ -74,7 +69,7 @@ def measure(args: Namespace) -> list[dict]:
     if find_spec("accelerate") is None:
         raise UserError("`transformers serve` needs accelerate: pip install accelerate==1.15.0")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        exported = args.exported or export_demo(Path(folder) / "demo")
+        exported = (args.exported or export(args.weights, Path(folder) / "exported")).resolve()
         if not (exported / "config.json").is_file():
             raise UserError(f"--exported {exported} is no transformers directory: export one")
         servers = {
@@ -82,7 +77,7 @@ def measure(args: Namespace) -> list[dict]:
             for name, command in list_commands(exported).items()
         }
         for server in servers.values():
-            asyncio.run(ask_all(server, make_requests("warm", 2, 1), 1))
+            asyncio.run(ask_all(server, make_requests(0, 2, 2), 1))
 
         # Each case with one after the other: other programs disturb all alike, and who is not
         # asked does nothing.
@@ -92,11 +87,14 @@ def measure(args: Namespace) -> list[dict]:
             f"{'first token, median':>20}{'max':>8}{'answer, 95 %':>13}{'CPU':>9}{'same text':>10}"
         )
         for kind, n_clients in product(KINDS, args.clients):
-            requests = make_requests(kind, max(LEAST_REQUESTS, n_clients), n_clients)
+            # New ones are others for each number of clients.
+            n_requests, is_new = max(LEAST_REQUESTS, n_clients), kind == "new"
+            n_pictures = n_requests if is_new else SEEN_PICTURES
+            requests = make_requests(n_clients if is_new else 0, n_pictures, n_requests)
             texts = None
             for name, server in servers.items():
-                if kind == "seen":
-                    asyncio.run(ask_all(server, requests[: KINDS[kind]], 1))
+                if not is_new:
+                    asyncio.run(ask_all(server, requests[:n_pictures], 1))
                 cpu, started = server.read_cpu(), time.perf_counter()
                 outcomes = asyncio.run(ask_all(server, requests, n_clients))
                 seconds, cpu = time.perf_counter() - started, server.read_cpu() - cpu
@@ -120,51 +118,21 @@ def list_commands(exported: Path) -> dict[str, list[str]]:
     return commands
 
 
-def export_demo(folder: Path) -> Path:
-    """The demo's model as a transformers directory."""
-    command = ["-m", "scripts.export", DEMO, "--to", "transformers", "--out", str(folder)]
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+def export(weights: str, folder: Path) -> Path:
+    """A model as a transformers directory."""
+    command = ("scripts.export", weights, "--to", "transformers", "--out", str(folder))
+    run_python("-m", *command, capture=True)
     return folder
 
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[Server]:
-    """Start a server; UserError with its last line if it ends."""
-    # start
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=file,
-            stderr=file,
-            env=environment,
-        )
-    # wait
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
-    try:
-        while True:
-            try:
-                httpx2.get(f"{address}/health", timeout=5)
-                break
-            except httpx2.TransportError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    last = (log.read_text(errors="replace").strip().splitlines() or ["?"])[-1]
-                    raise UserError(f"a server does not start: {last:.200}") from None
-                time.sleep(0.3)
+    """A server, see `list_commands`; what it prints goes to a file."""
+    with serving(*command, log=log, HF_HUB_OFFLINE="1") as (address, process):
         # transformers names a model by its folder
         is_theirs = "serve" in command
         model = command[command.index("serve") + 1] if is_theirs else read_name(address)
         yield Server(address, model, psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def read_name(address: str) -> str:
@@ -172,19 +140,18 @@ def read_name(address: str) -> str:
     return httpx2.get(f"{address}/v1/models").json()["data"][0]["id"]
 
 
-def make_requests(kind: str, n_requests: int, n_clients: int) -> list[list[dict]]:
-    """The messages of each request; for another number of clients, new pictures are others."""
+def make_requests(seed: int, n_pictures: int, n_requests: int) -> list[list[dict]]:
+    """The messages of each request; `seed` makes the pictures, which come in turn."""
+    random, urls = np.random.default_rng(seed), []
+    for _ in range(n_pictures):
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        urls.append(to_data_url(Image.fromarray(pixels).resize((PICTURE_SIDE, PICTURE_SIDE))))
     requests = []
     for index in range(n_requests):
-        n_pictures = KINDS.get(kind) or n_requests
-        seed = [len(kind), n_clients if KINDS.get(kind) is None else 0, index % n_pictures]
-        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((PICTURE_SIDE, PICTURE_SIDE)).save(buffer, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        number = index % n_pictures
         parts = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": f"Tell me about picture {index % n_pictures}."},
+            {"type": "image_url", "image_url": {"url": urls[number]}},
+            {"type": "text", "text": f"Tell me about picture {number}."},
         ]
         requests.append([{"role": "user", "content": parts}])
     return requests
