@@ -3,13 +3,15 @@
 The prompt is that of one image. Rounds are interleaved: what slows the machine slows all recipes.
 """
 
+import json
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -20,6 +22,7 @@ from model.model_vlm import MiniMindVLM
 from scripts.bench.published.decode import decode as decode_as_published
 from scripts.bench.runs import WORK
 from scripts.download.items import LAYERS
+from scripts.export.ask_gguf import LlamaCpp, Precision, find_files
 
 # Of the published question about one picture.
 PROMPT_TOKENS = 238
@@ -27,6 +30,7 @@ NEW_TOKENS = 128
 REPEATS = 3
 # The first round warms up.
 N_ROUNDS = REPEATS + 1
+SECONDS = 600  # that an answer may take
 # Bytes of a weight, with its share of a scale.
 WEIGHT_BYTES = {
     **{"float32": 4, "float16": 2, "int8": 1, "int4": 4 / 8 + 4 / 32},
@@ -120,10 +124,7 @@ def open_recipes(args: Namespace, config: VLMConfig) -> dict[str, Recipe]:
 
     # llama.cpp
     for precision in find_precisions(args.gguf, config.dim) if args.gguf else ():
-        from scripts.bench.llama_cpp import decode_speed
-
-        n_threads = torch.get_num_threads()
-        clock_it = partial(decode_speed, args.gguf, precision, PROMPT_TOKENS, NEW_TOKENS, n_threads)
+        clock_it = partial(clock_llama_cpp, args.gguf, precision)
         recipes[f"llama.cpp, {precision}"] = Recipe(precision, clock_it)
     return recipes
 
@@ -149,19 +150,14 @@ def open_graphs(config: VLMConfig) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def find_precisions(folder: Path, dim: int) -> list[str]:
-    """Those of a folder of GGUF files whose language model is as wide as `dim`."""
-    check_packages("requirements-export.txt", "gguf")
-    check_packages("requirements-dev.txt", "xllamacpp")
+    """Those of a folder of GGUF files; none if its language model is not as wide as `dim`."""
+    check_packages("requirements-export.txt", "gguf", "xllamacpp")
     import gguf
 
-    def width(path: Path) -> int:
-        return gguf.GGUFReader(path).get_field("llama.embedding_length").contents()
-
-    return [
-        precision
-        for precision in ("F16", "Q8_0", "Q4_0")
-        if any(width(path) == dim for path in folder.glob(f"[!m]*-{precision}.gguf"))
-    ]
+    precisions = get_args(Precision)
+    language_model, _ = find_files(folder, precisions[0])
+    width = gguf.GGUFReader(language_model).get_field("llama.embedding_length").contents()
+    return list(precisions) if width == dim else []
 
 
 def decode_as_ours(
@@ -193,6 +189,23 @@ def clock(
             torch.cuda.synchronize()
         times.append(time.perf_counter())
     return (len(times) - 2) / (times[-1] - times[1]), times[1] - times[0]
+
+
+def clock_llama_cpp(folder: Path, precision: str) -> tuple[float, float]:
+    """The same of llama.cpp, by its own clock; see `LlamaCpp` for folder and precision."""
+    model = LlamaCpp(folder, precision, torch.get_num_threads())
+    question = {
+        # any tokens; nothing ends the answer earlier
+        "prompt": [100 + n % 500 for n in range(PROMPT_TOKENS)],
+        "n_predict": NEW_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "cache_prompt": False,
+    }
+    request = Request(f"{model.address}/completion", json.dumps(question).encode())
+    with urlopen(request, timeout=SECONDS) as response:
+        times = json.load(response)["timings"]
+    return times["predicted_per_second"], times["prompt_ms"] / 1000
 
 
 def read_bandwidth(device: str) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -34,7 +34,7 @@ from scripts.bench.format_tools import (
     open_page,
     open_transformers,
 )
-from scripts.export.ask_gguf import find_files
+from scripts.export.ask_gguf import Precision, find_files
 from scripts.processes import as_flags, run_python
 
 WORK, TABLE = runs.WORK / "formats", runs.WORK / "formats.md"
@@ -77,7 +77,8 @@ class Question(NamedTuple):
 
 def measure(args: Namespace) -> list[dict]:
     """Rows of tool, format, megabytes, tokens_per_second, questions, and how many same, right."""
-    check_packages("requirements-dev.txt", "xllamacpp", "openai", "playwright")
+    check_packages("requirements-export.txt", "xllamacpp")
+    check_packages("requirements-dev.txt", "openai", "playwright")
     # One thread: the tools share the work in different ways.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -148,7 +149,7 @@ def list_formats(weights: str, tools: list[str]) -> Iterator[Format]:
             open_graphs = partial(open_ours, EXPORTED, backend="onnx", dtype=dtype)
             yield Format("onnxruntime", dtype, [*graphs, onnx / decoder], open_graphs)
     if "llama.cpp" in tools:
-        for precision in ("F16", "Q8_0", "Q4_0"):
+        for precision in get_args(Precision):
             needed = [*find_files(EXPORTED, precision)]
             open_server = partial(open_llama_cpp, EXPORTED, precision)
             yield Format("llama.cpp", precision, needed, open_server)

@@ -22,6 +22,8 @@ from common.numbers import check_number
 from common.packages import check_packages
 from model.image import load_image
 
+# Of the language model, as in the names of files; the names are llama.cpp's.
+Precision = Literal["F16", "Q8_0", "Q4_0"]
 # Pixels of a side of the pictures that a vision encoder takes at most.
 LARGEST_SIDE = 4096
 
@@ -33,7 +35,7 @@ class AskGgufConfig:
     folder: str = option("", "folder of the .gguf files", group="a question", positional=True)
     image: str = option("", "a picture", positional=True)
     prompt: str = option("", "the question", positional=True)
-    precision: Literal["F16", "Q8_0", "Q4_0"] = option("F16", "of the language model")
+    precision: Precision = option("F16", "of the language model")
     max_new_tokens: int = option(512, "longest answer, in tokens", least=1, most=100_000)
     temperature: float = option(
         0.0, "0 takes the likeliest token, larger numbers give rarer ones a chance", least=0
