@@ -28,7 +28,7 @@ import torch
 from common.errors import UserError
 from common.flags import MOST_SEED
 from inference.answer_text import AnswerText
-from inference.generate import LEAST_TEMPERATURE, sample
+from inference.generate import LEAST_TEMPERATURE, count_free, sample
 from inference.load import VLM
 from inference.rows import Prompt, Rows
 
@@ -190,7 +190,7 @@ class Batcher:
     def __init__(self, vlm: VLM, max_rows: int = 16):
         # A copy: a tokenizer that another thread encodes with cannot decode meanwhile.
         self.tokenizer = copy.deepcopy(vlm.processor.tokenizer)
-        self.longest, self.max_rows = vlm.model.config.max_seq_len, max_rows
+        self.max_seq_len, self.max_rows = vlm.model.config.max_seq_len, max_rows
         self.rows = Rows(vlm.model, max_rows)
         self.pictures_at_once = PICTURES_AT_ONCE.get(self.rows.device.type, 1)
         self.pictures = FeatureCache()
@@ -220,12 +220,7 @@ class Batcher:
 
     def submit(self, answer: Answer) -> Answer:
         """Begin to answer; returns at once. UserError where the prompt fills the model."""
-        n_free = self.longest - answer.n_prompt_tokens
-        if n_free < 1:
-            raise UserError(
-                f"the prompt has {answer.n_prompt_tokens} tokens but max_seq_len is "
-                f"{self.longest}: shorten the prompt"
-            )
+        n_free = count_free(answer.n_prompt_tokens, self.max_seq_len)
         answer.max_new_tokens = min(answer.max_new_tokens, n_free)
         with self._changed:
             if self._is_closed:
@@ -387,10 +382,10 @@ class Batcher:
 def choose(logits: torch.Tensor, answers: list[Answer]) -> list[int]:
     """A token of each row, float[rows, vocab_size], as its own request wants it."""
     # The likeliest of all rows at once; most requests want nothing else.
-    likeliest = logits.argmax(dim=-1)  # (rows,)
+    tokens = logits.argmax(dim=-1)  # (rows,)
     for row, answer in enumerate(answers):
         if answer.temperature >= LEAST_TEMPERATURE:
-            likeliest[row : row + 1] = sample(
+            tokens[row : row + 1] = sample(
                 logits[row : row + 1], answer.temperature, answer.top_p, answer.generator
             )
-    return likeliest.tolist()
+    return tokens.tolist()

@@ -17,6 +17,7 @@ import torch
 
 from common.errors import UserError
 from common.text import IMAGE_TAG
+from inference.answer_text import AnswerText
 from model.model_vlm import MiniMindVLM
 from model.processing import VLMProcessor, match_image_tags
 
@@ -181,7 +182,7 @@ class AnswerStream:
         self.text, self.n_tokens = "", 0
         self.seconds_to_first_token = self.tokens_per_second = 0.0
         self._started = time.perf_counter() if started is None else started
-        self._decode = processor.tokenizer.decode
+        self._pieces = AnswerText(processor.tokenizer)
         self._steps = model.generate(
             input_ids.to(model.tok_embeddings.weight.device),
             image_features=image_features,
@@ -201,12 +202,8 @@ class AnswerStream:
             self.tokens_per_second = self.n_tokens / (now - began)
 
             # text
-            text = self._decode(tokens[0], skip_special_tokens=True)
-            # This sign means that the last character's other bytes are still to come.
-            if text.endswith("\ufffd"):
-                yield ""
-                continue
-            piece, self.text = text[len(self.text) :], text
+            piece = self._pieces.add(int(tokens[0, -1]))
+            self.text += piece
             yield piece
 
 

@@ -133,13 +133,7 @@ def generate(
     itself, or an option that cannot be.
     """
     # check
-    prompt_length, max_seq_len = input_ids.shape[1], model.config.max_seq_len
-    n_free = max_seq_len - prompt_length
-    if n_free < 1:
-        raise UserError(
-            f"the prompt has {prompt_length} tokens but max_seq_len is {max_seq_len}: "
-            "shorten the prompt"
-        )
+    n_free = count_free(input_ids.shape[1], model.config.max_seq_len)
     if not temperature >= 0:
         raise UserError(f"temperature is {temperature}: it has to be at least 0")
     if not 0 < top_p <= 1:
@@ -168,6 +162,16 @@ def generate(
     # The last step has all tokens.
     *_, new_tokens = steps
     return torch.cat((input_ids, cut_after_end(new_tokens, eos_token_id)), dim=1)
+
+
+def count_free(prompt_length: int, max_seq_len: int) -> int:
+    """Tokens that an answer may have behind a prompt; UserError where there is room for none."""
+    if prompt_length >= max_seq_len:
+        raise UserError(
+            f"the prompt has {prompt_length} tokens but max_seq_len is {max_seq_len}: "
+            "shorten the prompt"
+        )
+    return max_seq_len - prompt_length
 
 
 def cut_after_end(new_tokens: torch.Tensor, eos_token_id: int) -> torch.Tensor:

@@ -295,6 +295,16 @@ def test_pieces_end_before_the_first_stop_string(vlm, text, stops):
         assert text.startswith(whole) and any(text[len(whole) :].startswith(s) for s in stops)
 
 
+@given(st.lists(st.integers(0, 671), max_size=30))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_pieces_are_the_text_of_all_tokens_together(vlm, tokens):
+    """Any tokens: half characters, special ones."""
+    tokenizer = vlm.processor.tokenizer
+    text = "".join(map(AnswerText(tokenizer).add, tokens))
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert whole.startswith(text) and (whole == text or whole.endswith("\ufffd"))
+
+
 def test_features_that_were_used_least_recently_go():
     cache, one = FeatureCache(2), torch.zeros(1)
     for key in (b"a", b"b"):
