@@ -52,12 +52,16 @@ class GraphBuilder:
         self.tensors.append(numpy_helper.from_array(array, name))
         return name
 
-    def declare(self, kind: str, name: str, dtype: int, shape: list[int | str]) -> None:
-        """Say that a tensor is one of the graph's "inputs" or "outputs".
+    def add_input(self, name: str, dtype: int, shape: list[int | str]) -> None:
+        """Say that a tensor comes in.
 
         `dtype` is a number of onnx.TensorProto; a name in `shape` stands for any size.
         """
-        getattr(self, kind).append(helper.make_tensor_value_info(name, dtype, shape))
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def add_output(self, name: str, dtype: int, shape: list[int | str]) -> None:
+        """Say that a tensor goes out, see `add_input`."""
+        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
     def linear(self, x: str, name: str, weight: torch.Tensor, output: str = "") -> str:
         """x @ weight.T

@@ -46,19 +46,18 @@ def build_decoder(model: MiniMindLM, dtype: str) -> onnx.ModelProto:
 def declare(graph: GraphBuilder, model: MiniMindLM) -> None:
     """Say what goes in and what comes out, by the names that transformers.js asks for."""
     config, floats, longs = model.config, TensorProto.FLOAT, TensorProto.INT64
-    new, everything = ["batch_size", "sequence_length"], ["batch_size", "total_sequence_length"]
-    graph.declare("inputs", "inputs_embeds", floats, [*new, config.dim])
-    graph.declare("inputs", "attention_mask", longs, everything)
-    graph.declare("inputs", "position_ids", longs, new)
-    graph.declare("outputs", "logits", floats, [*new, config.vocab_size])
+    batch, past, total = "batch_size", "past_sequence_length", "total_sequence_length"
+    new = [batch, "sequence_length"]
+    graph.add_input("inputs_embeds", floats, [*new, config.dim])
+    graph.add_input("attention_mask", longs, [batch, total])
+    graph.add_input("position_ids", longs, new)
+    graph.add_output("logits", floats, [*new, config.vocab_size])
+    n_heads, head_dim = config.n_kv_heads, config.head_dim
     for number in range(config.n_layers):
         for kind in KINDS:
-            for side, name, length in (
-                ("inputs", f"past_key_values.{number}.{kind}", "past_sequence_length"),
-                ("outputs", f"present.{number}.{kind}", "total_sequence_length"),
-            ):
-                shape = ["batch_size", config.n_kv_heads, length, config.head_dim]
-                graph.declare(side, name, floats, shape)
+            cached, grown = f"past_key_values.{number}.{kind}", f"present.{number}.{kind}"
+            graph.add_input(cached, floats, [batch, n_heads, past, head_dim])
+            graph.add_output(grown, floats, [batch, n_heads, total, head_dim])
 
 
 def prepare_attention(graph: GraphBuilder, model: MiniMindLM) -> None:

@@ -100,8 +100,8 @@ def build_embeddings(model: MiniMindVLM) -> onnx.ModelProto:
     """
     graph, weight = GraphBuilder(), model.tok_embeddings.weight
     shape = ["batch_size", "sequence_length"]
-    graph.declare("inputs", "input_ids", TensorProto.INT64, shape)
-    graph.declare("outputs", "inputs_embeds", TensorProto.FLOAT, [*shape, model.config.dim])
+    graph.add_input("input_ids", TensorProto.INT64, shape)
+    graph.add_output("inputs_embeds", TensorProto.FLOAT, [*shape, model.config.dim])
     rows = torch.cat((weight, weight.mean(dim=0, keepdim=True)))  # (vocab_size + 1, dim)
     table = graph.constant("tok_embeddings.weight", rows)
     graph.add("Gather", table, "input_ids", outputs="inputs_embeds")

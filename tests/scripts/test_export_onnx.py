@@ -182,8 +182,8 @@ def test_linear_layers_in_each_dtype():
     meant["int4"] = dequantize_int4(weight)[0]
     for dtype, tolerance in (("float32", 1e-5), ("int8", 0.02), ("int4", 0.02)):
         graph = GraphBuilder(dtype)
-        graph.declare("inputs", "x", onnx.TensorProto.FLOAT, ["rows", weight.shape[1]])
-        graph.declare("outputs", "y", onnx.TensorProto.FLOAT, ["rows", len(weight)])
+        graph.add_input("x", onnx.TensorProto.FLOAT, ["rows", weight.shape[1]])
+        graph.add_output("y", onnx.TensorProto.FLOAT, ["rows", len(weight)])
         graph.linear("x", "weight", weight, output="y")
         session = onnxruntime.InferenceSession(graph.build().SerializeToString())
         (given,) = session.run(None, {"x": x.numpy()})
