@@ -44,9 +44,8 @@ $(VENV)/lmms-eval/ready: $(VENV)/ready requirements-lmms-eval.txt
 	$(BESIDE) $(@D) -r requirements-lmms-eval.txt
 	touch $@
 
-web:
-	@test -f out/demo/sft_vlm_128.pth || (echo "error: no demo model yet: run make demo first" && exit 2)
-	@$(MAKE) --no-print-directory setup
+# With the demo's model, or the one that is shipped if there is none.
+web: setup
 	$(RUN) web_demo_vlm.py --out_dir out/demo
 
 # A class in a notebook; the browser opens by itself.
