@@ -46,7 +46,7 @@ $(VENV)/lmms-eval/ready: $(VENV)/ready requirements-lmms-eval.txt
 
 # With the demo's model, or the one that is shipped if there is none.
 web: setup
-	$(RUN) web_demo_vlm.py --out_dir out/demo
+	$(RUN) web_demo_vlm.py --out_dir $(firstword $(wildcard out/demo) model/demo)
 
 # A class in a notebook; the browser opens by itself.
 lesson: setup
