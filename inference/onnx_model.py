@@ -44,13 +44,14 @@ class OnnxVLM(nn.Module):
     def __init__(self, config: VLMConfig, folder: Path, dtype: str):
         super().__init__()
         self.config, self.graphs = config, find_graphs(folder, dtype)
-        self.decoder = open_graph(self.graphs / DECODER_NAMES[dtype])
-        self._check_decoder(self.graphs / DECODER_NAMES[dtype])
+        self.path = self.graphs / DECODER_NAMES[dtype]
+        self.decoder = open_graph(self.path)
+        self._check_decoder()
         self.tok_embeddings = self._read_embeddings()
         # Of each cache in use: its layers, and the run that is bound to their memory.
         self._bound: WeakKeyDictionary[KVCache, tuple] = WeakKeyDictionary()
 
-    def _check_decoder(self, path: Path) -> None:
+    def _check_decoder(self) -> None:
         """UserError where the decoder is not that of a model of these sizes."""
         config = self.config
         cached = (config.n_kv_heads, config.head_dim)
@@ -64,17 +65,15 @@ class OnnxVLM(nn.Module):
         }
         if found != expected:
             wrong = dict(found.items() ^ expected.items())
-            raise UserError(
-                f"{path} does not fit the config.json of its folder (see {', '.join(wrong)}): "
-                "export the model again"
-            )
+            raise does_not_fit(self.path, ", ".join(wrong))
 
     def _read_embeddings(self) -> nn.Embedding:
         """The table: looking up a row of it is no work for a graph."""
         graph = open_graph(self.graphs / EMBEDDINGS_NAME)
         ids = np.arange(self.config.vocab_size)[None]  # (1, vocab_size)
-        (rows,) = run_graph(graph, self.graphs / EMBEDDINGS_NAME, input_ids=ids)
-        return nn.Embedding.from_pretrained(torch.from_numpy(rows[0]))
+        shape = (1, self.config.vocab_size, self.config.dim)
+        rows = run_graph(graph, self.graphs / EMBEDDINGS_NAME, shape, input_ids=ids)
+        return nn.Embedding.from_pretrained(rows[0])
 
     @cached_property
     def vision_encoder(self) -> onnxruntime.InferenceSession:
@@ -86,8 +85,8 @@ class OnnxVLM(nn.Module):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """float[k, 3, H, W] -> float[k, patches, dim], projected already."""
         path = self.graphs / VISION_NAME
-        (features,) = run_graph(self.vision_encoder, path, pixel_values=pixel_values.numpy())
-        return torch.from_numpy(features)
+        shape = (len(pixel_values), self.config.n_image_tokens, self.config.dim)
+        return run_graph(self.vision_encoder, path, shape, pixel_values=pixel_values.numpy())
 
     def embed(
         self,
@@ -157,7 +156,10 @@ class OnnxVLM(nn.Module):
         for name, tensor in inputs.items():
             point_to(binding.bind_input, name, tensor)
         point_to(binding.bind_output, "logits", logits)
-        self.decoder.run_with_iobinding(binding)
+        try:
+            self.decoder.run_with_iobinding(binding)
+        except Exception as error:
+            raise damaged(self.path, error) from error
         return logits
 
     def _run_rows(self, cache: KVCache, rows: slice, inputs: tuple) -> torch.Tensor:
@@ -206,13 +208,25 @@ def open_graph(path: Path) -> onnxruntime.InferenceSession:
 
 
 def run_graph(
-    graph: onnxruntime.InferenceSession, path: Path, **inputs: np.ndarray
-) -> list[np.ndarray]:
-    """Outputs of a graph. UserError where it does not take these inputs."""
+    graph: onnxruntime.InferenceSession, path: Path, shape: tuple[int, ...], **inputs: np.ndarray
+) -> torch.Tensor:
+    """The one output of a graph, float of that shape.
+
+    UserError where it does not take these inputs, or gives another shape.
+    """
     try:
-        return graph.run(None, inputs)
+        (output,) = graph.run(None, inputs)
     except Exception as error:
         raise damaged(path, error) from error
+    if output.shape != shape:
+        raise does_not_fit(path, f"{output.shape} instead of {shape}")
+    return torch.from_numpy(output)
+
+
+def does_not_fit(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} does not fit the config.json of its folder (see {what}): export the model again"
+    )
 
 
 def damaged(path: Path, error: Exception) -> UserError:

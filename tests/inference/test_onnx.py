@@ -12,6 +12,7 @@ from inference import load_vlm
 from inference.config import EvalConfig, WebConfig
 from inference.evaluate import Evaluation, pad_left
 from inference.generate import generate, prefill
+from inference.load import VLM
 from inference.onnx_files import DECODER_NAMES
 from inference.paths import find_model
 from inference.web.models import ModelShelf
@@ -235,4 +236,26 @@ def test_graphs_of_different_models_are_told_apart(copied):
     shutil.copy(onnx / "embed_tokens.onnx", onnx / "decoder_model_merged.onnx")
     with pytest.raises(UserError, match="does not fit the config.json of its folder") as error:
         load_vlm(copied, backend="onnx")
+    assert "\n" not in str(error.value)
+
+
+def test_a_graph_of_a_narrower_model_is_one_line(vlm, copied, tmp_path):
+    narrow = VLM(small_model(**SIZES, dim=32), vlm.processor, vlm.weights)
+    write_graphs(narrow, tmp_path, ())
+    for name in ("vision_encoder.onnx", "embed_tokens.onnx"):
+        whole = shutil.move(copied / "onnx" / name, tmp_path / "whole")
+        shutil.move(tmp_path / name, copied / "onnx" / name)
+        with pytest.raises(UserError, match=rf"{name} does not fit .* \(see \(1, .* 32\) instead"):
+            load_vlm(copied, backend="onnx").ask(picture(), "Hello", max_new_tokens=1)
+        shutil.move(whole, copied / "onnx" / name)
+
+
+def test_a_decoder_for_fewer_positions_is_one_line(copied):
+    path = copied / "config.json"
+    positions = '"max_position_embeddings": 128'
+    assert positions in path.read_text()
+    path.write_text(path.read_text().replace(positions, positions.replace("128", "512")))
+    vlm = load_vlm(copied, backend="onnx")
+    with pytest.raises(UserError, match="decoder_model_merged.onnx cannot be used") as error:
+        vlm.ask(None, "? " * 200, max_new_tokens=1)
     assert "\n" not in str(error.value)
