@@ -40,6 +40,12 @@ class BadSampleError(UserError):
         return BadSampleError, (self.args[0], self.detail)
 
 
+def is_memory_full(error: BaseException) -> bool:
+    """Whether this is an error of a full memory; PyTorch reports one in words of its own."""
+    is_named = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return is_named or "allocate memory" in str(error)
+
+
 def list_reasons(reasons: Counter[str]) -> str:
     """Reasons by their counts, such as "12 image missing, 3 empty answer"."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

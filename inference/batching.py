@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, is_memory_full
 from common.flags import MOST_SEED
 from inference.answer_text import AnswerText
 from inference.generate import LEAST_TEMPERATURE, count_free, sample
@@ -373,7 +373,7 @@ class Batcher:
 
     def _fail(self, answers: list[Answer], error: BaseException) -> None:
         """Whatever goes wrong is the end of these answers only."""
-        if not isinstance(error, UserError | MemoryError):
+        if not isinstance(error, UserError) and not is_memory_full(error):
             traceback.print_exception(error, file=sys.stderr)
         for answer in answers:
             answer.finish("failed", error)

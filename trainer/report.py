@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.errors import UserError, list_reasons
+from common.errors import UserError, is_memory_full, list_reasons
 from trainer.advice import write_ask_command
 from trainer.collate import Batch
 from trainer.config import TrainConfig
@@ -185,8 +185,7 @@ class Report:
             return UserError(f"{error}{saved}")
 
         # memory and disk
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if is_memory or "allocate memory" in str(error):
+        if is_memory_full(error):
             sampler = self.state.sampler
             return UserError(
                 f"a batch does not fit in memory: lower --batch_size (now {sampler.batch_size}) "

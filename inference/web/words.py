@@ -4,7 +4,7 @@ A text is named by its key and may have {placeholders}; a test holds that all la
 same ones. The table of the page itself is page_words.py.
 """
 
-from common.errors import BadSampleError, UserError
+from common.errors import BadSampleError, UserError, is_memory_full
 from inference.chat import BlankError, TooLongError
 from inference.web.page_words import PAGE_WORDS
 
@@ -196,9 +196,6 @@ def describe_problem(error: BaseException) -> Problem:
         return Problem(error.args[0])
     if isinstance(error, UserError):
         return Problem("other_problem", reason=str(error))
-
-    # PyTorch reports a full memory in words of its own
-    is_full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if is_full or "can't allocate memory" in str(error):
+    if is_memory_full(error):
         return Problem("no_memory")
     return Problem("unknown_problem", reason=type(error).__name__)

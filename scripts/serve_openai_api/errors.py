@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.responses import Response
 
-from common.errors import BadSampleError, UserError
+from common.errors import BadSampleError, UserError, is_memory_full
 from inference.chat import TooLongError
 
 
@@ -59,9 +59,7 @@ def explain(error: BaseException) -> ApiError:
         return ApiError(str(error), status=status, code="invalid_image", param="messages")
     if isinstance(error, UserError):
         return ApiError(str(error), param="messages")
-    # PyTorch reports a full memory in words of its own
-    is_full = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    if is_full or "can't allocate memory" in str(error):
+    if is_memory_full(error):
         return ApiError("the memory of the server is full: try again later", status=503)
     traceback.print_exception(error)
     return ApiError("something went wrong in the server: what it printed says more", status=500)
