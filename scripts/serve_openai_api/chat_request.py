@@ -42,19 +42,12 @@ NEUTRAL = {
 DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]*)*;base64,", re.ASCII)
 
 
-class PictureUrl(NamedTuple):
-    """A picture that has to be fetched."""
-
-    url: str
-    param: str
-
-
 class ChatRequest(NamedTuple):
     """What is asked.
 
     Args:
         turns: one {"role": ..., "content": ...} for each turn, with the tags of its pictures.
-        pictures: their files, or where these are.
+        pictures: their files, or URLs to fetch these from.
         stream: send pieces as they come.
         include_usage: and at the end how many tokens they were.
         stops: strings before which the answer ends.
@@ -62,7 +55,7 @@ class ChatRequest(NamedTuple):
     """
 
     turns: list[dict[str, str]]
-    pictures: list[bytes | PictureUrl]
+    pictures: list[bytes | str]
     stream: bool
     include_usage: bool
     stops: list[str]
@@ -197,7 +190,7 @@ def read_stops(given: dict[str, Any]) -> list[str]:
 
 def read_messages(
     given: dict[str, Any], config: ServeConfig
-) -> tuple[list[dict[str, str]], list[bytes | PictureUrl]]:
+) -> tuple[list[dict[str, str]], list[bytes | str]]:
     """(turns, pictures)."""
     # as many as can be
     messages = take(given, "messages", list, "a list of messages")
@@ -237,7 +230,7 @@ def read_messages(
 
 def read_message(
     message: Any, place: str, config: ServeConfig
-) -> tuple[str, str, list[bytes | PictureUrl]]:
+) -> tuple[str, str, list[bytes | str]]:
     """(role, text, pictures) of a message."""
     # the role
     if not isinstance(message, dict):
@@ -277,7 +270,7 @@ def read_message(
 
 def read_parts(
     parts: list, place: str, role: str, config: ServeConfig
-) -> tuple[str, list[bytes | PictureUrl]]:
+) -> tuple[str, list[bytes | str]]:
     """(text, pictures) of a content that is a list."""
     texts, pictures = [], []
     for index, part in enumerate(parts):
@@ -296,7 +289,7 @@ def read_parts(
     return "".join(texts), pictures
 
 
-def read_url(url: str, place: str, config: ServeConfig) -> bytes | PictureUrl:
+def read_url(url: str, place: str, config: ServeConfig) -> bytes | str:
     """The file of a data URL; a URL that may be fetched as it is. Files are never opened."""
     # a URL
     if re.match(r"https?://", url, re.IGNORECASE):
@@ -306,7 +299,7 @@ def read_url(url: str, place: str, config: ServeConfig) -> bytes | PictureUrl:
                 "of the request, as data:image/png;base64,...",
                 place,
             )
-        return PictureUrl(url, place)
+        return url
 
     # a picture
     header = DATA_URL.match(url[:200])

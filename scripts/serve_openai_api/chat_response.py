@@ -15,6 +15,9 @@ from inference.batching import Answer
 from scripts.serve_openai_api.errors import explain, respond
 from scripts.serve_openai_api.server import Events, Server
 
+# Seconds that a client may take to read the next piece.
+READ_SECONDS = 60
+
 
 class ChatResponse(Response):
     """Answers a request for a chat; its row is free as soon as the client has gone.
@@ -74,7 +77,12 @@ class ChatResponse(Response):
         async def send_event(content: dict | str, more: bool = True) -> None:
             text = content if isinstance(content, str) else json.dumps(content)
             body = f"data: {text}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+            event = {"type": "http.response.body", "body": body, "more_body": more}
+            # Who reads no more would keep its place in the queue for ever.
+            try:
+                await asyncio.wait_for(send(event), READ_SECONDS)
+            except asyncio.TimeoutError:
+                raise ClientDisconnect from None
 
         async def send_delta(delta: dict, finish_reason: str | None = None) -> None:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -17,8 +17,9 @@ from common.errors import BadSampleError
 from common.files import check_size
 
 SECONDS = 10  # that a picture may take, in all
-# Addresses of IPv6 that lead to one of IPv4, which may be any (RFC 6052, RFC 8215).
-TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48")))
+# Where the public addresses of IPv6 are (RFC 4291). Beyond are private ones of earlier days, and
+# several kinds that lead to an address of IPv4, which may be any.
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 CHUNK = 2**16
 
 
@@ -87,10 +88,8 @@ def find_address(host: str, port: int) -> tuple:
 def is_public(address: str) -> bool:
     """Whether it is one of the internet, and stands for no other one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        is_other = ip.ipv4_mapped or ip.sixtofour or ip.teredo
-        if is_other or any(ip in network for network in TRANSLATED):
-            return False
+    if ip.version == 6 and (ip not in PUBLIC_IPV6 or ip.sixtofour or ip.teredo):
+        return False
     return ip.is_global and not ip.is_multicast
 
 

@@ -17,7 +17,7 @@ from common.files import hash_bytes
 from inference.batching import Answer, Batcher, Picture
 from inference.chat import encode_turns
 from inference.load import VLM
-from scripts.serve_openai_api.chat_request import PictureUrl, read_request
+from scripts.serve_openai_api.chat_request import read_request
 from scripts.serve_openai_api.config import LOCAL_HOSTS, ServeConfig
 from scripts.serve_openai_api.errors import ApiError, explain
 from scripts.serve_openai_api.fetch import fetch
@@ -126,14 +126,14 @@ class Server:
         self.batcher.submit(events.answer)
         return events
 
-    async def _fetch_all(self, pictures: list[bytes | PictureUrl]) -> list[bytes]:
+    async def _fetch_all(self, pictures: list[bytes | str]) -> list[bytes]:
         """The files of pictures; those that are elsewhere are fetched."""
         loop, limit = asyncio.get_running_loop(), self.config.max_image_mb * 2**20
 
-        async def get(picture: bytes | PictureUrl) -> bytes:
+        async def get(picture: bytes | str) -> bytes:
             if isinstance(picture, bytes):
                 return picture
-            return await loop.run_in_executor(self.fetchers, fetch, picture.url, limit)
+            return await loop.run_in_executor(self.fetchers, fetch, picture, limit)
 
         return await asyncio.gather(*map(get, pictures))
 

@@ -19,6 +19,9 @@ class WebServer(uvicorn.Server):
     def __init__(self, server: Server):
         settings = uvicorn.Config(
             build_app(server),
+            # Whatever else is installed: h11 bounds headers, and there is nothing for WebSockets.
+            http="h11",
+            ws="none",
             access_log=False,
             log_level="warning",
             server_header=False,

@@ -21,11 +21,14 @@ from PIL import Image
 from common.errors import BadSampleError
 from inference import load_vlm
 from scripts.processes import free_port
+from scripts.serve_openai_api import chat_response
 from scripts.serve_openai_api import fetch as fetch_module
+from scripts.serve_openai_api.app import build_app
 from scripts.serve_openai_api.chat_request import read_request
 from scripts.serve_openai_api.config import ServeConfig
 from scripts.serve_openai_api.errors import ApiError
 from scripts.serve_openai_api.fetch import fetch, is_public
+from scripts.serve_openai_api.server import Server
 from tests.helpers import ROOT, WarmScript, assistant, picture, run_script, user
 
 DEMO = "model/demo/sft_vlm_128.pth"
@@ -301,6 +304,29 @@ def test_who_leaves_frees_the_row_at_once(client, address):
     wait_until(lambda: health() == {"status": "ok", "open": 0, "running": 0})
 
 
+def test_who_reads_no_more_frees_the_row_too(vlm, monkeypatch, capsys):
+    monkeypatch.setattr(chat_response, "READ_SECONDS", 0.2)
+    server = Server(vlm, ServeConfig(), NAME, None)
+    body = json.dumps({"model": NAME, "messages": [user(ENDLESS)], "stream": True}).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    events = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict:
+        return events.pop() if events else await asyncio.sleep(60)
+
+    async def send(event: dict) -> None:
+        await asyncio.sleep(60 * (event["type"] == "http.response.body"))
+
+    async def ask() -> None:
+        await asyncio.wait_for(build_app(server)(scope | {"query_string": b""}, receive, send), 20)
+
+    asyncio.run(ask())
+    wait_until(lambda: server.batcher.n_open == 0)
+    assert server.n_open == 0 and "the client has gone" in capsys.readouterr().out
+    server.close()
+
+
 # What is refused.
 
 TEXT = [{"role": "user", "content": "hello"}]
@@ -424,6 +450,12 @@ def test_a_page_of_another_site_cannot_ask(address):
     options = httpx2.options(f"{address}/v1/chat/completions", headers={"Origin": "http://x.y"})
     assert options.status_code == 405
     assert "access-control-allow-origin" not in {**options.headers, **response.headers}
+
+
+def test_a_websocket_is_asked_for_in_vain(address):
+    """The request is answered like any other."""
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    assert post(address, json.dumps({"model": NAME, "messages": TEXT}), **headers).is_success
 
 
 # A key, narrow limits, URLs.
@@ -648,6 +680,9 @@ def test_every_address_of_a_name_has_to_be_public(picture_server, monkeypatch):
         ("::ffff:8.8.8.8", False),
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
+        ("::10.0.0.1", False),
+        ("::ffff:0:10.0.0.1", False),
+        ("fec0::1", False),
     ],
 )
 def test_which_addresses_are_public(ip, expected):
