@@ -4,7 +4,10 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 import stat
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,15 +60,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def folder_in_one_go(path: Path) -> Iterator[Path]:
     """A folder to write files into, which becomes `path` when all are written.
 
-    Where something fails, nothing of it stays. UserError where `path` exists, where the disk is
-    full or the place is read-only.
+    Where something fails or the process is told to end, nothing of it stays. UserError where `path`
+    exists, where the disk is full or the place is read-only.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        os.rename(partial, path)
+        with exiting_when_terminated():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            yield partial
+            os.rename(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
         if isinstance(error, UserError):
@@ -75,6 +79,23 @@ def folder_in_one_go(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def exiting_when_terminated() -> Iterator[None]:
+    """Let `kill` and a closed terminal end the process as `sys.exit` does, not on the spot."""
+    is_main = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGHUP") if is_main else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # Who has other plans for a signal, such as nohup, keeps them.
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def write_text(path: Path, text: str) -> None:

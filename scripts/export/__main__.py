@@ -42,7 +42,8 @@ def main() -> None:
         check_packages("requirements-export.txt", *PACKAGES[name])
     find_model_files(config.weights, config.tokenizer, config.vision_model)
     out = Path(config.out)
-    if out.exists():
+    # A link that leads nowhere cannot be replaced either.
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already: delete it, or pass another --out")
     if "web" in config.formats:
         find_library(config.web_library)

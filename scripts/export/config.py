@@ -50,7 +50,9 @@ class ExportConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+        if self.push_to_hub is not None and not re.fullmatch(
+            r"\w[\w.-]*/\w[\w.-]*", self.push_to_hub
+        ):
             raise UserError(
                 f"--push_to_hub {self.push_to_hub!s:.100} is no repository: give it as OWNER/NAME"
             )

@@ -103,7 +103,8 @@ def save(writer: gguf.GGUFWriter) -> None:
 def add_sizes(writer: gguf.GGUFWriter, model: MiniMindLM, name: str, precision: str) -> None:
     """The sizes of the language model, under the names of a Llama."""
     config = model.config
-    writer.add_name(name)
+    # A file's name may be any bytes, this one is text.
+    writer.add_name(name.encode("utf-8", "replace").decode())
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{precision}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_embedding_length(config.dim)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import write_text
 from inference.chat import MAX_QUESTION
 from inference.config import AskConfig
 from inference.onnx_files import DECODER_NAMES, EMBEDDINGS_NAME, VISION_NAME
@@ -54,9 +55,9 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
             shutil.copy(graphs / name, model)
     else:
         write_graphs(vlm, model, ("float32",))
-    (model / "tokenizer.json").write_text(json.dumps(plain_tokenizer(vlm.processor)), "utf-8")
+    write_text(model / "tokenizer.json", json.dumps(plain_tokenizer(vlm.processor)))
     facts["files"] = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
-    (model / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), "utf-8")
+    write_text(model / "model.json", json.dumps(facts, indent=1, ensure_ascii=False))
 
     # examples
     examples = web / "examples"

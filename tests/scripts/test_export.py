@@ -9,8 +9,10 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -35,12 +37,11 @@ from scripts.export.config import ExportConfig
 from scripts.export.model_card import escape
 from scripts.export.tokenizer_files import chat_template
 from scripts.processes import free_port
-from tests.helpers import ROOT, TOKENIZER, run_script, user
+from tests.helpers import DEMO, ROOT, TOKENIZER, WarmScript, run_script, user
 from tests.scripts.ask_exported import MAX_NEW_TOKENS, ask_exported
 from tests.scripts.hub_server import HubServer
 from tests.small_encoders import save_encoder
 
-DEMO = ROOT / "model/demo/sft_vlm_128.pth"
 TRANSFORMERS_4 = ROOT / ".venv/transformers-4.57"
 EXPORT = ("-m", "scripts.export")
 FILES = {
@@ -48,11 +49,6 @@ FILES = {
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("processor_config.json", "preprocessor_config.json"),
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_vlm(DEMO, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +357,7 @@ def broken(tmp_path_factory):
     """Things to export that are none, or that lack a part."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "empty").mkdir()
+    (folder / "link").symlink_to("nowhere")
     facts = json.loads(DEMO.with_suffix(".json").read_text(encoding="utf-8"))
     for name in ("text", "language", "blind"):
         write_text(folder / f"{name}.json", json.dumps(facts))
@@ -386,6 +383,8 @@ BAD = {
     "registers": (["registers.pth"], "cannot become a LLaVA"),
     "an unknown format": (["blind.pth", "--to", "zip"], "--to is zip"),
     "a repository without owner": (["blind.pth", "--push_to_hub", "mini"], "OWNER/NAME"),
+    "a repository that is a path": (["blind.pth", "--push_to_hub", "../mini"], "OWNER/NAME"),
+    "a link that leads nowhere": ([DEMO, "--out", "link"], "link exists already"),
     "an existing folder": ([DEMO, "--out", "empty"], "empty exists already"),
     "below a file": ([DEMO, "--out", "text.pth/exported"], "cannot write .*text.pth/exported"),
     "a read-only place": ([DEMO, "--out", "/proc/exported"], "cannot write /proc/exported"),
@@ -417,3 +416,25 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_export_that_is_ended_leaves_nothing(tmp_path, number):
+    process = WarmScript(*EXPORT, DEMO, "--to", "onnx", "--out", tmp_path / "exported")
+    while not any(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    finished = process.finish()
+    assert finished.returncode == 128 + number and "Traceback" not in finished.stdout
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    weights = tmp_path / os.fsdecode(b"\xff.pth")
+    try:
+        shutil.copy(DEMO, weights)
+    except OSError:
+        pytest.skip("no file can have such a name here")
+    shutil.copy(DEMO.with_suffix(".json"), weights.with_suffix(".json"))
+    assert run_script(*EXPORT, weights, "--to", "gguf", "--out", tmp_path / "x").returncode == 0
+    assert (tmp_path / "x/gguf" / os.fsdecode(b"\xff-F16.gguf")).is_file()
