@@ -9,11 +9,13 @@ PAGE_WORDS = {
     },
     "knows_scenes": {
         "en": "This demo's model knows drawn shapes only: circles, squares, triangles, stars, "
-        "hearts and crosses in plain colors. About a photograph it can only guess.",
-        "zh": "这个演示模型只认识画出来的图形：纯色的圆形、方形、三角形、星形、心形和十字形。"
-        "对于照片，它只能瞎猜。",
+        "hearts and crosses in plain colors, none wider than a quarter of the picture. In its "
+        "answers B1 is column B, row 1. About a photograph it can only guess.",
+        "zh": "这个演示模型只认识画出来的图形：纯色的圆形、方形、三角形、星形、心形和十字形，"
+        "宽度都不超过图片的四分之一。回答里的 B1 指 B 列第 1 行。对于照片，它只能瞎猜。",
         "ja": "このデモのモデルが知っているのは、単色で描かれた円・四角・三角・星・ハート・十字だけ"
-        "です。写真については当てずっぽうになります。質問は英語か中国語でどうぞ。",
+        "です（幅は画像の 4 分の 1 まで）。答えの B1 は B 列 1 行目のことです。"
+        "写真については当てずっぽうになります。質問は英語か中国語でどうぞ。",
     },
     "new_chat": {"en": "New chat", "zh": "新对话", "ja": "新しい会話"},
     "settings": {"en": "Settings", "zh": "设置", "ja": "設定"},
