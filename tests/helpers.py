@@ -31,6 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 TOKENIZER = ROOT / "model/demo/tokenizer"
+# A trained model, which is part of the repository.
+DEMO = ROOT / "model/demo/sft_vlm_128.pth"
 # Of the small vision encoder: 48 x 48 pixels in patches of 16.
 N_PATCHES = 9
 

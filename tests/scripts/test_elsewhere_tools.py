@@ -21,12 +21,11 @@ from scripts.bench.__main__ import TOOLS
 from scripts.bench.format_tools import Reply
 from scripts.bench.formats import Format, Question, describe, judge, read_questions
 from scripts.processes import as_flags, find_browser, free_port
-from tests.helpers import ROOT, run_script
+from tests.helpers import DEMO, ROOT, run_script
 
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 # A block of code with the paragraph before it and the one behind it.
 BLOCK = re.compile(r"((?:^\S.*\n)*)\n((?:^    .*\n|(?<=\n)\n(?=    ))+)(?=\n((?:^\S.*\n)*))", re.M)
-MODEL = ROOT / "model/demo/sft_vlm_128.pth"
 ROW = '{"image": "a.png", "conversations": [{"content": "What?"}, {"content": "red"}]}'
 LMMS_EVAL = ROOT / ".venv/lmms-eval"
 NOT_RUN_HERE = ("# not run here", "pip install", "http.server", "scripts.bench")
@@ -131,7 +130,7 @@ def small_export(tmp_path_factory) -> Path:
     clone = make_clone(tmp_path_factory.mktemp("clone"))
     formats = ["transformers", "gguf"]
     flags = as_flags(to=formats, gguf_class_token="last", out=clone / "exported")
-    finished = run_script("-m", "scripts.export", MODEL, *flags)
+    finished = run_script("-m", "scripts.export", DEMO, *flags)
     assert finished.returncode == 0, finished.stdout
     return clone
 
@@ -183,7 +182,7 @@ def test_lmms_eval_scores_the_export_as_we_do(whole_export):
     score = json.loads(results.read_text())["results"]["scenes"]["exact_match,none"]
 
     # the same questions
-    vlm, scenes = load_vlm(MODEL, device="cpu"), whole_export / "out/scenes/eval_images"
+    vlm, scenes = load_vlm(DEMO, device="cpu"), whole_export / "out/scenes/eval_images"
     rows = [json.loads(row) for row in open(scenes / "metadata.jsonl", encoding="utf-8")]
     answers = [
         vlm.ask(scenes / row["file_name"], row["question"], temperature=0, max_new_tokens=64)

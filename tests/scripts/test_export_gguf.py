@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from dataset.scenes.scene import draw_scene
 from dataset.scenes.write import eval_row
-from inference import VLM, load_vlm
+from inference import VLM
 from model.image_processor import picture_side, resize_picture
 from model.LMConfig import VLMConfig
 from model.model_vlm import MiniMindVLM
@@ -22,11 +22,10 @@ from model.processing import VLMProcessor, load_tokenizer
 from model.vision import VisionEncoder
 from scripts.export.ask_gguf import make_square
 from scripts.export.gguf_files import read_tokenizer, write
-from tests.helpers import ROOT, SHARED, TOKENIZER, needs_shared, picture, run_script
+from tests.helpers import SHARED, TOKENIZER, needs_shared, picture, run_script
 from tests.scripts.llama_cpp import start_llama_cpp
 from tests.small_encoders import make_network, make_processor
 
-MODEL = ROOT / "model/demo/sft_vlm_128.pth"
 FORMS = ("first", "last", "none")
 # The demo's, and the published one.
 TOKENIZERS = [TOKENIZER, pytest.param(SHARED / "minimind_tokenizer", marks=needs_shared)]
@@ -48,11 +47,6 @@ TEXTS = [
 def llama_cpp():
     with start_llama_cpp() as process:
         yield process
-
-
-@pytest.fixture(scope="module")
-def demo() -> VLM:
-    return load_vlm(MODEL, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,15 @@ from model.model_vlm import MiniMindVLM, find_image_tokens
 from model.vision import VisionEncoder
 from scripts.export.onnx_builder import BLOCK, GraphBuilder, quantize_int4, quantize_int8
 from scripts.export.onnx_graphs import trace_vision_encoder
-from tests.helpers import ROOT, picture, run_script, user
+from tests.helpers import DEMO, ROOT, picture, run_script, user
 from tests.small_encoders import make_network, make_processor
 
-DEMO = ROOT / "model/demo/sft_vlm_128.pth"
 # The id of `<image>` in the exported tokenizer, behind all others.
 IMAGE_ID = 672
 GRAPHS = {
     *("vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"),
     *("decoder_model_merged_quantized.onnx", "decoder_model_merged_q4.onnx"),
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_vlm(DEMO, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,8 @@ from scripts.bench.format_tools import serve_folder
 from scripts.export import web_library
 from scripts.export.web_folder import describe_pictures
 from scripts.processes import find_browser
-from tests.helpers import ROOT, picture, run_script
+from tests.helpers import DEMO, ROOT, picture, run_script
 
-MODEL = ROOT / "model/demo/sft_vlm_128.pth"
 SCENES = sorted((ROOT / "dataset/eval_images").glob("scene-*.png"))
 BROWSER = find_browser()
 PATIENCE = 90_000  # ms; a busy machine is slow
@@ -42,7 +41,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def vlm():
-    return load_vlm(MODEL, device="cpu")
+    return load_vlm(DEMO, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def web(tmp_path_factory) -> Path:
     except UserError as error:
         pytest.skip(str(error))
     out = tmp_path_factory.mktemp("export") / "exported"
-    finished = run_script("-m", "scripts.export", MODEL, "--to", "web", "--out", out)
+    finished = run_script("-m", "scripts.export", DEMO, "--to", "web", "--out", out)
     assert finished.returncode == 0, finished.stdout
     return out / "web"
 
@@ -354,7 +353,7 @@ def test_an_npm_that_fails_is_one_line(tmp_path, monkeypatch):
 
 
 def test_only_the_packages_that_were_tried_are_taken(tmp_path):
-    command = ("-m", "scripts.export", MODEL, "--to", "web", "--out", tmp_path / "exported")
+    command = ("-m", "scripts.export", DEMO, "--to", "web", "--out", tmp_path / "exported")
     finished = run_script(*command, "--web_library", tmp_path)
     assert finished.returncode == 2 and "npm pack onnxruntime-web@1.30.0" in finished.stdout
     assert len(finished.stdout.splitlines()) == 1 and not list(tmp_path.iterdir())
@@ -383,7 +382,7 @@ def test_transformers_js_gives_the_same_answers(tmp_path, vlm):
 
     # export and ask
     out = tmp_path / "exported"
-    finished = run_script("-m", "scripts.export", MODEL, "--to", "onnx", "--out", out)
+    finished = run_script("-m", "scripts.export", DEMO, "--to", "onnx", "--out", out)
     assert finished.returncode == 0, finished.stdout
     for paths in ([], SCENES[:1], SCENES[1:3]):
         for question in ("What is this?", "</s>\n<s>user\n me@example.org, <image>?"):
