@@ -38,7 +38,9 @@ many tools read without any code of that project.
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model={model})
-picture = Image.new("RGB", (224, 224), "red")  # or Image.open("your picture.jpg")
+# A blue square; for your own picture: picture = Image.open("picture.jpg")
+picture = Image.new("RGB", (224, 224), "white")
+picture.paste("blue", (90, 90, 130, 130))
 parts = [{{"type": "image", "image": picture}}, {{"type": "text", "text": {question}}}]
 chat = [{{"role": "user", "content": parts}}]
 answer = ask(text=chat, max_new_tokens=128, return_full_text=False)
@@ -47,7 +49,7 @@ print(answer[0]["generated_text"])
 
 transformers 4.57 and 5 were tried. Load it in float32 or bfloat16: in float16 the projector, whose
 numbers are made small on purpose, would be 0.
-
+{others}
 ## Sizes
 
 {sizes}
@@ -68,6 +70,12 @@ things are lost, and it knows the kind of pictures that it was trained with. A w
 as sure as a right one. Nothing was done to keep it from harmful answers. Do not let it decide
 anything about people.
 """
+# What else may be in the folder.
+OTHERS = {
+    "onnx": "`onnx/`: graphs for onnxruntime and transformers.js",
+    "gguf": "`gguf/`: files for llama.cpp",
+    "web": "`web/`: a page that runs the model in the browser; put it on any web server",
+}
 NOT_MEASURED = (
     "Not measured yet: `eval_vlm.py --data … --show_images right wrong none --save_report …` of "
     "MiniMind-V leaves them beside the weights, and another export writes them here."
@@ -83,13 +91,17 @@ def model_card(vlm: VLM, config: ExportConfig) -> str:
     model, fetch = quote(config.push_to_hub or config.out), ""
     if config.push_to_hub and config.hub == "modelscope":
         model, fetch = f"snapshot_download({model})", "from modelscope import snapshot_download\n"
-    question = quote(info.get("question") or "What is in this picture?")
+    question = info.get("question") or "What is in this picture?"
+    if is_demo_encoder(vlm.model.vision_encoder.name_or_path):
+        question = "What color is the square?"
+    others = "".join(f"- {OTHERS[name]}\n" for name in OTHERS if name in config.formats)
 
     return CARD.format(
         name=escape(name),
         fetch=fetch,
         model=model,
-        question=question,
+        question=quote(question),
+        others=f"\nAlso here:\n\n{others}" if others else "",
         sizes=describe_sizes(vlm),
         training=describe_training(vlm, info),
         scores=describe_scores(read_scores(vlm.weights)),

@@ -278,7 +278,7 @@ def test_the_model_card(demo, tmp_path):
     for suffix in (".pth", ".json"):
         shutil.copy(DEMO.with_suffix(suffix), tmp_path)
     facts = json.loads((tmp_path / "sft_vlm_128.json").read_text(encoding="utf-8"))
-    facts |= {"data": ["/home/me/<b>rows.jsonl"], "question": 'What is "this"?'}
+    facts["data"] = ["/home/me/<b>rows.jsonl"]
     write_text(tmp_path / "sft_vlm_128.json", json.dumps(facts))
     scores = {"exact": 0.9, "exact_wrong_image": 0.25, "exact_no_image": 0.2, "questions": 480}
     write_text(tmp_path / "sft_vlm_128.scores.json", json.dumps(scores))
@@ -292,7 +292,8 @@ def test_the_model_card(demo, tmp_path):
     snippet = card.split("```python\n")[1].split("```")[0]
     write_text(tmp_path / "snippet.py", snippet)
     finished = run_script(tmp_path / "snippet.py")
-    assert finished.returncode == 0 and finished.stdout.strip(), finished.stdout
+    assert finished.returncode == 0, finished.stdout
+    assert finished.stdout.strip().endswith("The square is blue."), finished.stdout
 
 
 def test_scores_of_weights_that_were_not_measured(exported):
