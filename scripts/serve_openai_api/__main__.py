@@ -77,6 +77,8 @@ def bind(host: str, port: int) -> socket.socket:
             # A server that ended a moment ago keeps nobody from its port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Only now is it taken: until then a second server could bind it too.
+        listener.listen()
         listener.set_inheritable(True)
         return listener
     except (OSError, UnicodeError) as error:

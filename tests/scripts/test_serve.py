@@ -18,11 +18,12 @@ import openai
 import pytest
 from PIL import Image
 
-from common.errors import BadSampleError
+from common.errors import BadSampleError, UserError
 from inference import load_vlm
 from scripts.processes import free_port
 from scripts.serve_openai_api import chat_response
 from scripts.serve_openai_api import fetch as fetch_module
+from scripts.serve_openai_api.__main__ import bind
 from scripts.serve_openai_api.app import build_app
 from scripts.serve_openai_api.chat_request import read_request
 from scripts.serve_openai_api.config import ServeConfig
@@ -569,6 +570,12 @@ def test_a_port_that_is_taken_is_one_line():
         )
     assert finished.returncode == 2
     assert len(finished.stdout.splitlines()) == 1 and "in use" in finished.stdout
+
+
+def test_a_port_is_taken_before_the_model_is_loaded():
+    port = free_port()
+    with bind("127.0.0.1", port), pytest.raises(UserError, match="in use"):
+        bind("127.0.0.1", port)
 
 
 # Fetching, without a server of ours between.
