@@ -1,4 +1,4 @@
-"""What eval_vlm.py and web_demo_vlm.py can be told, typed and explained in one place."""
+"""What eval_vlm.py, web_demo_vlm.py and the server can be told, explained in one place."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MAX_UPLOAD_MB = 20
 
 @dataclass(frozen=True)
 class AskConfig:
-    """Which model is asked, and how it answers; each field is a flag of both scripts."""
+    """Which model is asked, and how it answers; each field is a flag of all three."""
 
     published: ClassVar[tuple[PublishedFlag, ...]] = (
         PublishedFlag(("--stream",), "not needed: answers are always shown as they come"),

@@ -239,16 +239,20 @@ def read_llava_directory(
     return read_llava_config(facts, vision_config, side, max_seq_len), image_processor
 
 
-def read_directory_config(folder: Path) -> tuple[VLMConfig, BaseImageProcessor]:
-    """Sizes of the MiniMind-V in a directory made by `to_llava`, and its image processor."""
-    with refusing_folder("model", folder):
-        config, image_processor = read_llava_directory(folder, read_json(folder / "config.json"))
-        eyes = EncoderShape(config.image_seq_length, config.vision_config.hidden_size)
-        return minimind_config(config, eyes), image_processor
-
-
 class EncoderShape(NamedTuple):
-    """All that a configuration says of a vision encoder that is not here."""
+    """What a directory's config.json says of its vision encoder: enough for `minimind_config`."""
 
     n_patches: int
     width: int
+
+
+def read_directory_config(folder: Path) -> tuple[VLMConfig, BaseImageProcessor]:
+    """Sizes of the MiniMind-V in a directory made by `to_llava`, and its image processor.
+
+    For a folder without model.safetensors, such as one of ONNX graphs. UserError where it is
+    another model.
+    """
+    with refusing_folder("model", folder):
+        config, image_processor = read_llava_directory(folder, read_json(folder / "config.json"))
+        shape = EncoderShape(config.image_seq_length, config.vision_config.hidden_size)
+        return minimind_config(config, shape), image_processor

@@ -16,6 +16,7 @@ from model.vision_families import FAMILIES, find_family
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from model.llava import EncoderShape
     from model.vision import VisionEncoder
 
 # Our sizes of the language model, and Llama's.
@@ -104,12 +105,12 @@ def llava_config(
     )
 
 
-def minimind_config(config: LlavaConfig, vision_encoder: VisionEncoder) -> VLMConfig:
+def minimind_config(config: LlavaConfig, vision_encoder: VisionEncoder | EncoderShape) -> VLMConfig:
     """The sizes of the MiniMind-V that computes the same; UserError if there is none.
 
     Args:
         config: of the LLaVA.
-        vision_encoder: its own.
+        vision_encoder: its own, or the sizes of that.
     """
     text = config.text_config
     joints = find_joints(config.vision_config, config.projector_hidden_act)

@@ -141,7 +141,7 @@ def open_graphs(config: VLMConfig) -> Iterator[tuple[str, torch.nn.Module]]:
 
     model, folder = MiniMindVLM(config).eval(), WORK / f"decode_{config.dim}"
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
-    # It is there, and nobody looks through it.
+    # It has to be there, but no picture is shown to it.
     (folder / "onnx" / VISION_NAME).touch()
     onnx.save(build_embeddings(model), folder / "onnx" / EMBEDDINGS_NAME)
     for dtype, name in DECODER_NAMES.items():

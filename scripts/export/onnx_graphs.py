@@ -44,7 +44,7 @@ def write_graphs(vlm: VLM, folder: Path, dtypes: tuple[str, ...] = tuple(DECODER
 
     Args:
         vlm: on the CPU, in float32.
-        folder: that is made.
+        folder: is made if it is missing.
         dtypes: some of DECODER_NAMES.
     """
     folder.mkdir(parents=True, exist_ok=True)

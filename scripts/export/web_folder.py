@@ -64,7 +64,7 @@ def write(vlm: VLM, folder: Path, config: ExportConfig) -> None:
     examples.mkdir()
     for path in EXAMPLES:
         shutil.copy(path, examples)
-    (examples / "list.json").write_text(json.dumps([path.name for path in EXAMPLES]))
+    write_text(examples / "list.json", json.dumps([path.name for path in EXAMPLES]))
 
 
 def plain_tokenizer(processor: VLMProcessor) -> dict:
