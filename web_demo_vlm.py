@@ -104,6 +104,7 @@ def serve(config: WebConfig) -> int:
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
         "logger.hideWelcomeMessage": "true",
+        "logger.level": "warning",
     }
     for theme, colors in THEMES.items():
         options |= {f"theme.{theme}.{name}": color for name, color in colors.items()}

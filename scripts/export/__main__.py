@@ -58,7 +58,7 @@ def main() -> None:
         for name in config.formats:
             import_module(f"scripts.export.{WRITERS[name]}").write(vlm, folder, config)
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        print(f"{path.stat().st_size / 1e6:10.2f} MB  {path}")
+        print(f"{path.stat().st_size / 1e6:10.3f} MB  {path}")
 
     # upload
     if config.push_to_hub:
