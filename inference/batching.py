@@ -28,9 +28,9 @@ import torch
 from common.errors import UserError, is_memory_full
 from common.flags import MOST_SEED
 from inference.answer_text import AnswerText
+from inference.batch_rows import Prompt, Rows
 from inference.generate import LEAST_TEMPERATURE, count_free, sample
 from inference.load import VLM
-from inference.rows import Prompt, Rows
 
 # Pictures that the vision encoder sees at once. On a CPU two take as long as one after the other,
 # and the first of them has to wait.

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference import rows as rows_module
+from inference import batch_rows
 from inference.answer_text import AnswerText
+from inference.batch_rows import Rows
 from inference.batching import Answer, Batcher, FeatureCache, Picture
 from inference.load import VLM
 from inference.onnx_model import OnnxVLM
-from inference.rows import Rows
 from model.processing import VLMProcessor, load_tokenizer
 from scripts.export.onnx_graphs import write_graphs
 from tests.helpers import N_PATCHES, TOKENIZER, small_image_processor, small_model
@@ -41,8 +41,8 @@ def onnx(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Prompts of several chunks, and a cache that has to grow."""
-    monkeypatch.setattr(rows_module, "CHUNK", 16)
-    monkeypatch.setattr(rows_module, "FIRST_COLUMNS", 32)
+    monkeypatch.setattr(batch_rows, "CHUNK", 16)
+    monkeypatch.setattr(batch_rows, "FIRST_COLUMNS", 32)
 
 
 def make_prompt(vlm, seed: int, n_tokens: int, n_images: int = 0):
