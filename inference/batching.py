@@ -247,7 +247,14 @@ class Batcher:
                     self._changed.wait()
                 if self._is_closed:
                     break
-            self.do_round()
+            try:
+                self.do_round()
+            # No answer's own fault, a full memory while rows move: the thread has to live on.
+            except BaseException as error:
+                self._fail([*self._seeing, *self._prefilling, *self._running], error)
+                self._seeing, self._prefilling, self._running = [], deque(), []
+                # `clear` may need memory; the first row that joins does the rest.
+                self.rows.starts = []
         for answer in [*self._waiting, *self._seeing, *self._prefilling, *self._running]:
             answer.finish("cancelled")
 

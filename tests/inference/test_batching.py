@@ -218,6 +218,27 @@ def test_a_failure_while_decoding_ends_the_rows_and_the_next_request_is_answered
     assert answer.tokens == answer_alone(vlm, *prompt, max_new_tokens=10, temperature=0)
 
 
+def test_so_it_does_where_rows_cannot_be_moved(batcher, vlm):
+    def fail(row):
+        monkeypatch.undo()
+        raise MemoryError
+
+    # one leaves while the other is at work
+    failed, left = (Recorded(*make_prompt(vlm, n, 20), max_new_tokens=60) for n in (0, 1))
+    both_are_there = threading.Event()
+    failed.after_token, left.after_token = both_are_there.wait, left.cancel
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(batcher.rows, "leave", fail)
+        batcher.submit(failed)
+        batcher.submit(left)
+        both_are_there.set()
+        assert failed.is_over.wait(60) and left.is_over.wait(60)
+    assert failed.end == "failed" and isinstance(failed.error, MemoryError)
+    prompt = make_prompt(vlm, 1, 20)
+    answer = batcher.submit(Recorded(*prompt, max_new_tokens=10)).wait()
+    assert answer.tokens == answer_alone(vlm, *prompt, max_new_tokens=10, temperature=0)
+
+
 def test_a_long_prompt_lets_a_short_one_go_first(vlm):
     """Chunks of both in turn: the short one has its first token long before."""
     batcher = Batcher(vlm, 2)
