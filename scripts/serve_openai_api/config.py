@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.flags import option
 from inference.config import AskConfig
 
@@ -41,6 +42,12 @@ class ServeConfig(AskConfig):
     max_images: int = option(8, "pictures of a conversation", least=0, most=1024)
     max_image_mb: int = option(20, "MB of a picture's file", least=1, most=64)
     max_body_mb: int = option(32, "MB of a request", least=1, most=1024)
+
+    def __post_init__(self):
+        super().__post_init__()
+        # what the shell makes of a variable that is not set
+        if self.api_key == "":
+            raise UserError("--api_key is empty: give a key, or leave it out")
 
     @property
     def is_local(self) -> bool:

@@ -572,6 +572,11 @@ def test_a_port_that_is_taken_is_one_line():
     assert len(finished.stdout.splitlines()) == 1 and "in use" in finished.stdout
 
 
+def test_an_empty_key_is_no_open_door():
+    with pytest.raises(UserError, match="--api_key is empty"):
+        ServeConfig(api_key="")
+
+
 def test_a_port_is_taken_before_the_model_is_loaded():
     port = free_port()
     with bind("127.0.0.1", port), pytest.raises(UserError, match="in use"):
