@@ -8,7 +8,8 @@ The way of a request, in one thread that works for all of them:
     running    ── rows.decode ─────> a token of each row in each round, until the answer ends
 
 So a long prompt keeps nobody waiting for longer than a chunk takes. Each row draws its tokens for
-itself: the answer is the one that the request would get alone.
+itself: the answer is the one that the request would get alone. Not always so with int8: onnxruntime
+rounds by the largest number of all rows, PyTorch has another kernel for more than FEW_ROWS.
 """
 
 from __future__ import annotations
