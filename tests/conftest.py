@@ -1,5 +1,6 @@
 """What every test may ask for."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from tests.helpers import (
     small_vision_encoder,
     write_rows,
 )
+
+
+@pytest.fixture(autouse=True)
+def own_main_script():
+    """Streamlit's tests leave their program as the main script, which child processes would run."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
 
 
 @pytest.fixture(scope="session")

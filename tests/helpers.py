@@ -38,7 +38,6 @@ N_PATCHES = 9
 
 # The server that forks scripts finds our modules by this.
 os.environ["PYTHONPATH"] = str(ROOT)
-_MAIN = sys.modules["__main__"]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.preload"])
 
@@ -133,8 +132,6 @@ class WarmScript:
         stdin, self.printed = (Path(self.folder.name) / name for name in ("stdin", "printed"))
         stdin.write_text(text, encoding="utf-8")
         arguments = ([*map(str, command)], env or {}, str(stdin), str(self.printed))
-        # A child imports what it takes for the main script; Streamlit's tests leave theirs there.
-        sys.modules["__main__"] = _MAIN
         self.process = _SERVER.Process(target=run_forked, args=arguments)
         self.process.start()
         self.pid = self.process.pid
