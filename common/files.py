@@ -35,25 +35,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Whenever the process or the machine stops, `path` is the old file or the new one, never a part
     of it. Missing folders are made. UserError where the disk is full or the folder is read-only.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path, "; an older file is intact") as partial:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"cannot write {path} ({error}): free some space or choose another folder; "
-            "an older file is intact"
-        ) from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
 
 
 @contextmanager
@@ -63,22 +50,34 @@ def folder_in_one_go(path: Path) -> Iterator[Path]:
     Where something fails or the process is told to end, nothing of it stays. UserError where `path`
     exists, where the disk is full or the place is read-only.
     """
+    with _partial(path) as partial, exiting_when_terminated():
+        partial.mkdir()
+        yield partial
+        os.rename(partial, path)
+
+
+@contextmanager
+def _partial(path: Path, consolation: str = "") -> Iterator[Path]:
+    """A name beside `path`, to write to before it is renamed; nothing of it stays.
+
+    What the system refuses is a UserError, which ends with `consolation`.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with exiting_when_terminated():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.mkdir()
-            yield partial
-            os.rename(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
         _sync_folder(path.parent)
     except OSError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"cannot write {path} ({error}): free some space or choose another folder"
+            f"cannot write {path} ({error}): free some space or choose another folder{consolation}"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        elif partial.is_file():
+            partial.unlink()
 
 
 @contextmanager
