@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scripts.serve_openai_api.chat_response import ChatResponse
-from scripts.serve_openai_api.errors import ApiError, respond
+from scripts.serve_openai_api.errors import ApiError, check_model, respond
 from scripts.serve_openai_api.server import Server
 
 # Seconds in which a body that is refused is read to its end.
@@ -40,12 +40,7 @@ def build_app(server: Server) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
         server.check_caller(request)
-        if name != server.name:
-            raise ApiError(
-                f"the model {name!r:.80} is not here: the one that is has the name {server.name!r}",
-                status=404,
-                code="model_not_found",
-            )
+        check_model(name, server.name)
         return respond(describe_model(server))
 
     @app.post("/v1/chat/completions")

@@ -15,7 +15,7 @@ from common.flags import MOST_SEED
 from inference.chat import MAX_QUESTION, TooLongError, add_image_tags, check_prompt
 from model.processing import check_conversation
 from scripts.serve_openai_api.config import ServeConfig
-from scripts.serve_openai_api.errors import ApiError
+from scripts.serve_openai_api.errors import ApiError, check_model
 
 MAX_MESSAGES = 200
 # Characters of all messages; more would be encoded for seconds before they are found too many.
@@ -80,14 +80,7 @@ def read_request(body: bytes, model_name: str, config: ServeConfig) -> ChatReque
             raise refuse(f"{name!r:.60} is not supported here: leave it out", name)
 
     # the model
-    name = take(given, "model", str, "a string")
-    if name != model_name:
-        raise ApiError(
-            f"the model {name!r:.80} is not here: the one that is has the name {model_name!r}",
-            status=404,
-            code="model_not_found",
-            param="model",
-        )
+    check_model(take(given, "model", str, "a string"), model_name)
 
     # how to answer
     stream = take(given, "stream", bool, "true or false", False)

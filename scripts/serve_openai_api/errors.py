@@ -48,6 +48,17 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def check_model(name: str, own_name: str) -> None:
+    """ApiError where a client asks for another model than the one that is here."""
+    if name != own_name:
+        raise ApiError(
+            f"the model {name!r:.80} is not here: the one that is has the name {own_name!r}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
+
+
 def explain(error: BaseException) -> ApiError:
     """What the client is told of an error."""
     if isinstance(error, ApiError):
