@@ -7,6 +7,7 @@ import pytest
 
 from model.LMConfig import VLMConfig
 from model.processing import VLMProcessor, load_tokenizer
+from scripts.processes import find_browser
 from tests.helpers import (
     TOKENIZER,
     picture,
@@ -73,3 +74,16 @@ def rows_dir(tmp_path_factory) -> Path:
         rows.append(row | ({"image": ", ".join(names)} if names else {}))
     write_rows(folder / "rows.jsonl", rows)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium or Chrome, without a window."""
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -79,15 +79,6 @@ def address(tmp_path_factory):
     server.wait(timeout=20)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @contextmanager
 def visitor(browser, address: str, **options):
     """A page of a visitor of its own."""

@@ -22,11 +22,9 @@ from model.image import load_image
 from scripts.bench.format_tools import serve_folder
 from scripts.export import web_library
 from scripts.export.web_folder import describe_pictures
-from scripts.processes import find_browser
 from tests.helpers import DEMO, ROOT, picture, run_script
 
 SCENES = sorted((ROOT / "dataset/eval_images").glob("scene-*.png"))
-BROWSER = find_browser()
 PATIENCE = 90_000  # ms; a busy machine is slow
 # What would be more than words to a tokenizer that reads a question as a part of the prompt.
 QUESTIONS = [
@@ -55,17 +53,6 @@ def web(tmp_path_factory) -> Path:
     finished = run_script("-m", "scripts.export", DEMO, "--to", "web", "--out", out)
     assert finished.returncode == 0, finished.stdout
     return out / "web"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("no Chromium or Chrome is installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextmanager
